@@ -1,0 +1,30 @@
+"""The error that a user can cause: it names the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something given from outside (a config key, a flag, a file) that can't be used.
+
+    The command line prints the message alone and exits with status 2.
+
+    Args:
+      key: what was set, in the user's words: a dotted config key, a flag or a path.
+      value: what it was set to.
+      allowed: what would have been accepted, as a phrase that follows the value.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str):
+        super().__init__(f"{key} = {value!r}: {allowed}")
+        self.key = key
+        self.value = value
+        self.allowed = allowed
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A did-you-mean phrase for a misspelt name: `did you mean 'dim'? ` or the empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""

@@ -1,0 +1,85 @@
+"""Grouped-query attention with a sliding window (Mistral 7B paper, section 2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from flax import linen as nn
+
+from mixtral_jax.config import Execution, ModelConfig
+from mixtral_jax.model.backends.chunked import cached_attention, self_attention
+from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.cache import LayerCache, View, advance
+from mixtral_jax.model.parameters import weight
+from mixtral_jax.model.rope import Rotation, rotate
+from mixtral_jax.sharding.partition import constrain
+from mixtral_jax.sharding.rules import Rules
+
+
+class Context(NamedTuple):
+    """What the layers need to know of a batch of tokens besides the tokens."""
+
+    rotation: Rotation
+    mask_BT: jax.Array
+    """bool, True for real tokens."""
+    segment_BT: jax.Array | None = None
+    """int32, the documents of a row; None where a row is one."""
+    view: View | None = None
+    """The tokens' places in the cache, where there is one."""
+
+
+class Attention(nn.Module):
+    """Queries, keys and values by product, rope, attention, and the product back."""
+
+    config: ModelConfig
+    execution: Execution
+    rules: Rules
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attention of x to itself or, given a cache, to what `context.view` shows of it; in the activation dtype."""
+        config, execution = self.config, self.execution
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+        q_BTNH, k_BTKH = rotate(q_BTNH, context.rotation), rotate(k_BTKH, context.rotation)
+        grouped = (config.num_kv_heads, config.queries_per_kv_head, config.head_dim)
+        q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], *grouped)
+        chunk, dtype = execution.attention_chunk, execution.product_dtype
+        if cache is None:
+            window = config.sliding_window
+            mixed = self_attention(q_BTKGH, k_BTKH, v_BTKH, context.segment_BT, window, chunk, dtype)
+        else:
+            assert context.view is not None
+            cache, keys, values = advance(cache, k_BTKH, v_BTKH, context.view)
+            mixed = cached_attention(q_BTKGH, keys, values, context.view.visible_BTS, chunk, dtype)
+        mixed_BTNH = mixed.astype(execution.activation_dtype).reshape(q_BTNH.shape)
+        shape = (config.num_heads, config.head_dim, config.dim)
+        output_NHD = weight(self, "output", shape, ("heads", "head_dim", "embed"), self.rules)
+        y_BTD = einsum(
+            "BTNH,NHD->BTD", mixed_BTNH, output_NHD, dtype=dtype, result_dtype=execution.activation_dtype
+        )
+        return y_BTD, cache
+
+    def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], in the activation dtype."""
+        config, execution = self.config, self.execution
+        x_BTD = x_BTD.astype(execution.product_dtype)  # once, for the three products that save it
+
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            w_DNH = weight(self, name, (config.dim, heads, config.head_dim), ("embed", axis, "head_dim"), self.rules)
+            y_BTNH = einsum(
+                "BTD,DNH->BTNH",
+                x_BTD,
+                w_DNH,
+                dtype=execution.product_dtype,
+                result_dtype=execution.activation_dtype,
+            )
+            return constrain(y_BTNH, ("batch", "length", axis, "head_dim"), self.rules)
+
+        return (
+            project("query", config.num_heads, "heads"),
+            project("key", config.num_kv_heads, "kv_heads"),
+            project("value", config.num_kv_heads, "kv_heads"),
+        )

@@ -1,0 +1,200 @@
+"""The one contraction of the model: operands in the product dtype, sums in float32.
+
+Training keeps float32 master weights and multiplies in bfloat16. Left to itself, autodiff multiplies the float32
+cotangent of such a product in float32, on the slow units of every platform. The custom VJP here casts the cotangent
+to the product dtype first, so that all three products of a training step (result, dx, dw) take the same operands.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is static in a product. `x` and `w` are the letters of the operands, `y` those of the result."""
+
+    x: str
+    w: str
+    y: str
+    dtype: Any
+    result_dtype: Any
+    x_dtype: Any
+    w_dtype: Any
+
+
+def einsum(
+    spec: str, x: jax.Array, w: jax.Array, *, dtype: DTypeLike, result_dtype: DTypeLike | None = None
+) -> jax.Array:
+    """Contracts `x` with `w`, both cast to `dtype`, summing in float32.
+
+    Args:
+      spec: Two operands and a result, one letter a dimension, such as "BTD,DNH->BTNH". No letter twice in an operand,
+        no ellipsis, and every letter of an operand is in the other operand or in the result.
+      x: The left operand, usually activations. An x used by several products is best cast to `dtype` once, by the
+        caller: each product saves its cast x for the backward pass.
+      w: The right operand, usually weights.
+      dtype: What both operands, and in the backward pass the cotangent, are cast to: bfloat16 or float32. float32
+        products are exact to float32 on every platform.
+      result_dtype: The dtype of the result, float32 unless given.
+
+    Returns:
+      The result, with gradients in the dtypes of `x` and `w`.
+
+    Raises:
+      ValueError: `spec` is malformed or does not fit the operands.
+    """
+    x_dims, w_dims, y_dims = _parse(spec)
+    if (len(x_dims), len(w_dims)) != (x.ndim, w.ndim):
+        raise ValueError(f"spec {spec!r} does not fit operands of shapes {x.shape} and {w.shape}")
+    result_dtype = jnp.float32 if result_dtype is None else result_dtype
+    plan = _Plan(x_dims, w_dims, y_dims, jnp.dtype(dtype), jnp.dtype(result_dtype), x.dtype, w.dtype)
+    # In shard_map, a weight that is equal on all devices meets tokens that are not. Its gradient is summed over the
+    # devices where it becomes varying, which is here: inside a custom VJP nothing would do it.
+    varying = _varying_axes(x) | _varying_axes(w)
+    return _product(plan, _as_varying(x, varying), _as_varying(w, varying))
+
+
+def _varying_axes(operand: jax.Array) -> frozenset[str]:
+    return jax.typeof(operand).manual_axis_type.varying
+
+
+def _as_varying(operand: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(axes - _varying_axes(operand)))
+    return lax.pcast(operand, missing, to="varying") if missing else operand
+
+
+def _parse(spec: str) -> tuple[str, str, str]:
+    operands, _, y = spec.partition("->")
+    x, _, w = operands.partition(",")
+    for dims in (x, w, y):
+        if not dims.isalpha() or len(set(dims)) != len(dims):
+            raise ValueError(f"spec {spec!r} must be 'x,w->y' with letters only and none twice in a term, got {dims!r}")
+    if set(x) - set(w + y) or set(w) - set(x + y) or set(y) - set(x + w):
+        raise ValueError(f"spec {spec!r}: every letter must be in two of its three terms")
+    return x, w, y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(plan: _Plan, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _product_fwd(plan, x, w)[0]
+
+
+def _product_fwd(plan: _Plan, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    x = x.astype(plan.dtype)
+    y = _contract(plan.x, plan.w, plan.y, x, w.astype(plan.dtype)).astype(plan.result_dtype)
+    # x is saved cast, at half the bytes of float32. w is saved as it came: the master weights are alive anyway, so a
+    # bfloat16 copy would add to them (all layers' copies under scan), and casting again in the backward pass is cheap.
+    return y, (x, w)
+
+
+def _product_bwd(plan: _Plan, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    dy = dy.astype(plan.dtype)
+    dx = _contract_gradient(plan.y, plan.w, plan.x, dy, w.astype(plan.dtype)).astype(plan.x_dtype)
+    dw = _contract_gradient(plan.x, plan.y, plan.w, x, dy).astype(plan.w_dtype)
+    return dx, dw
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _contract(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """One dot_general: float32 result with dimensions `y_dims`."""
+    sizes = dict(zip(x_dims + w_dims, x.shape + w.shape, strict=True))
+    y_size = math.prod(sizes[d] for d in y_dims)
+    x_dims, x = _order_free(x_dims, w_dims, y_dims, x, y_size)
+    w_dims, w = _order_free(w_dims, x_dims, y_dims, w, y_size)
+    batch = [d for d in y_dims if d in x_dims and d in w_dims]
+    # XLA:CPU copies an operand whose summed dimensions are not in this order: let it be the smaller one.
+    summed = [d for d in (x_dims if x.size > w.size else w_dims) if d in x_dims and d in w_dims and d not in y_dims]
+    y = lax.dot_general(
+        x,
+        w,
+        ((_axes(summed, x_dims), _axes(summed, w_dims)), (_axes(batch, x_dims), _axes(batch, w_dims))),
+        # Otherwise TPU and GPU would round float32 operands. For bfloat16 it changes nothing.
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    dot_dims = "".join(batch + [d for d in x_dims if d not in w_dims] + [d for d in w_dims if d not in x_dims])
+    return _transpose(y, dot_dims, y_dims)
+
+
+def _order_free(dims: str, other: str, y_dims: str, operand: jax.Array, y_size: int) -> tuple[str, jax.Array]:
+    """Transposes an operand smaller than the result so that its free dimensions come as in the result.
+
+    For attention scores, BTKGH,BSKH->BKGTS, XLA:CPU would else transpose the scores: 2.5 to 8 times slower.
+    """
+    if operand.size > y_size:
+        return dims, operand
+    free = [d for d in dims if d not in other]
+    in_order = iter(sorted(free, key=y_dims.index))
+    to_dims = "".join(next(in_order) if d in free else d for d in dims)
+    return to_dims, _transpose(operand, dims, to_dims)
+
+
+def _contract_gradient(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`_contract` for the backward pass, whose products are often summed over leading dimensions (dw over tokens)."""
+
+    def elsewhere(x: jax.Array, w: jax.Array) -> jax.Array:
+        return _contract(x_dims, w_dims, y_dims, x, w)
+
+    def on_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
+        return _contract_leading_on_cpu(x_dims, w_dims, y_dims, x, w)
+
+    if x_dims[-1] not in y_dims or w_dims[-1] not in y_dims:
+        return elsewhere(x, w)
+    # By the platform compiled for, not this host's: TPU programs are compiled ahead of time on CPU hosts.
+    return lax.platform_dependent(x, w, cpu=on_cpu, default=elsewhere)
+
+
+def _contract_leading_on_cpu(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`_contract` of operands that both have free dimensions last.
+
+    XLA:CPU multiplies bfloat16 fast only if the left operand is summed over its last dimension, so one must be copied.
+    """
+    sizes = dict(zip(x_dims + w_dims, x.shape + w.shape, strict=True))
+    if w.size + 2 * math.prod(sizes[d] for d in y_dims) < x.size:
+        # x is much the larger: copy w and the float32 result instead.
+        (x_dims, x), (w_dims, w) = (w_dims, w), (x_dims, x)
+    summed = [d for d in x_dims if d in w_dims and d not in y_dims]
+    if len(summed) == 1 and x.dtype == jnp.bfloat16:
+        # XLA copies a left operand that is summed over two dimensions. With one it folds the transpose into the
+        # product, which then runs in float32, 3 to 4 times slower: so pass the one as two. (A layout constraint does
+        # the same, but makes GSPMD gather both operands.)
+        x_dims, x = _split_in_two(x_dims, summed[0], x)
+        w_dims, w = _split_in_two(w_dims, summed[0], w)
+    dot_dims = "".join(
+        [d for d in y_dims if d in x_dims and d in w_dims]
+        + [d for d in y_dims if d not in w_dims]
+        + [d for d in y_dims if d not in x_dims]
+    )
+    # Without the barrier XLA:CPU folds a transpose of the result into the product, and then has no code for its form
+    # ("Unsupported element type for DotThunk").
+    return _transpose(lax.optimization_barrier(_contract(x_dims, w_dims, dot_dims, x, w)), dot_dims, y_dims)
+
+
+def _split_in_two(dims: str, dim: str, operand: jax.Array) -> tuple[str, jax.Array]:
+    """Dimension of even size n as [n / 2, 2]: the sharding of n stays with the first part."""
+    axis = dims.index(dim)
+    size = operand.shape[axis]
+    if size % 2:
+        return dims, operand
+    shape = (*operand.shape[:axis], size // 2, 2, *operand.shape[axis + 1 :])
+    # "_" is not a letter, so no spec has it.
+    return dims.replace(dim, dim + "_"), lax.reshape(operand, shape)
+
+
+def _transpose(operand: jax.Array, dims: str, to_dims: str) -> jax.Array:
+    return operand if dims == to_dims else lax.transpose(operand, _axes(to_dims, dims))
+
+
+def _axes(letters: Sequence[str], dims: str) -> tuple[int, ...]:
+    return tuple(dims.index(letter) for letter in letters)

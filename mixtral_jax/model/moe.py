@@ -1,0 +1,120 @@
+"""The mixture of experts: a router, and k of E feed-forwards a token.
+
+On a mesh each shard finds slots for its own tokens, an all-to-all over `expert` takes the slots to the experts' shards,
+and another brings the results back. Nothing else crosses shards: groups of tokens lie within a sequence's shard.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from mixtral_jax.config import Dispatch, Execution, ModelConfig, MoEConfig
+from mixtral_jax.model import dispatch as moves
+from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.backends.ragged import grouped_swiglu
+from mixtral_jax.model.feed_forward import SwiGLU, swiglu
+from mixtral_jax.model.parameters import weight
+from mixtral_jax.model.routing import Statistics, route, statistics
+from mixtral_jax.sharding.mesh import current_mesh
+from mixtral_jax.sharding.partition import over_tokens
+from mixtral_jax.sharding.rules import Rules
+
+
+def apply_experts(
+    x_BTD: jax.Array,
+    expert_BTA: jax.Array,
+    gate_BTA: jax.Array,
+    mask_BT: jax.Array,
+    weights: SwiGLU,
+    *,
+    num_experts: int,
+    dispatch: Dispatch,
+    execution: Execution,
+    shards: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Each token through its chosen experts: the gates' sum of their results.
+
+    Args:
+      weights: of all experts, or of one of `shards` equal parts of them, on a mesh axis named `expert`.
+
+    Returns:
+      float32 [B, T, D], and bool [B, T, A]: whether the choice was served.
+    """
+    batch, length, dim = x_BTD.shape
+    choices = expert_BTA.shape[-1]
+    x_ND = x_BTD.reshape(-1, dim).astype(execution.product_dtype)
+    if dispatch.capacity_factor is None and shards == 1:
+        slots, sizes_E = moves.sorted_slots(expert_BTA.reshape(-1, choices), mask_BT.reshape(-1), num_experts)
+        y_MD = grouped_swiglu(moves.spread(x_ND, slots), weights, sizes_E, execution)
+    else:
+        # Dropless over several shards takes the largest capacity, a whole group an expert: exact, if not thrifty.
+        size = moves.group(length, dispatch.group_size)
+        groups = expert_BTA.reshape(-1, size, choices), mask_BT.reshape(-1, size)
+        slots = moves.capacity_slots(*groups, num_experts, dispatch)
+        x_ECD = moves.spread(x_ND, slots).reshape(num_experts, -1, dim)
+        y_MD = _exchange(x_ECD, shards, partial(swiglu, weights=weights, execution=execution)).reshape(-1, dim)
+    y_ND = moves.combine(y_MD, gate_BTA.reshape(-1, choices), slots)
+    kept_NA = slots.slot_NA < slots.assignment_M.size
+    return y_ND.reshape(x_BTD.shape), kept_NA.reshape(batch, length, choices)
+
+
+def _exchange(x_ECD: jax.Array, shards: int, experts: partial[jax.Array]) -> jax.Array:
+    """Slots to the shards that hold their experts, through those, and back."""
+    if shards == 1:
+        return experts(x_ECD)
+    x_ECD = jax.lax.all_to_all(x_ECD, "expert", split_axis=0, concat_axis=1, tiled=True)
+    return jax.lax.all_to_all(experts(x_ECD), "expert", split_axis=1, concat_axis=0, tiled=True)
+
+
+class MoE(nn.Module):
+    """The mixture of experts in place of a feed-forward."""
+
+    config: ModelConfig
+    execution: Execution
+    dispatch: Dispatch
+    rules: Rules
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, Statistics]:
+        """The mixture's output in x's dtype, and what the routing did.
+
+        Args:
+          mask_BT: bool, True for real tokens; the others get zeros.
+        """
+        moe = self.config.moe
+        assert moe is not None
+        router_DE = weight(self, "router", (self.config.dim, moe.num_experts), ("embed", None), self.rules)
+        routing = route(einsum("BTD,DE->BTE", x_BTD, router_DE, dtype="float32"), moe.experts_per_token)
+        serve = self._on_mesh(moe)
+        y_BTD, kept_BTA = serve(x_BTD, routing.expert_BTA, routing.gate_BTA, mask_BT, self._weights(moe))
+        return y_BTD.astype(x_BTD.dtype), statistics(routing, kept_BTA, mask_BT)
+
+    def _weights(self, moe: MoEConfig) -> SwiGLU:
+        enter = (moe.num_experts, self.config.dim, self.config.hidden_dim)
+        leave = (moe.num_experts, self.config.hidden_dim, self.config.dim)
+        return SwiGLU(
+            gate=weight(self, "gate", enter, ("experts", "expert_embed", "hidden"), self.rules),
+            up=weight(self, "up", enter, ("experts", "expert_embed", "hidden"), self.rules),
+            down=weight(self, "down", leave, ("experts", "hidden", "expert_embed"), self.rules),
+        )
+
+    def _on_mesh(self, moe: MoEConfig) -> partial[tuple[jax.Array, jax.Array]]:
+        """apply_experts, on each shard's own tokens where there is a mesh."""
+        mesh = current_mesh()
+        shards = 1 if mesh is None else mesh.shape["expert"]
+        serve = partial(
+            apply_experts,
+            num_experts=moe.num_experts,
+            dispatch=self.dispatch,
+            execution=self.execution,
+            shards=shards,
+        )
+        if mesh is None:
+            return serve
+        tokens = self.rules.use(("batch", "length"))
+        return over_tokens(serve, tokens, weights=PartitionSpec("expert"))

@@ -1,0 +1,24 @@
+"""How a module declares a weight: float32, normal with the models' standard deviation, its axes named."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mixtral_jax.sharding.axes import Names
+from mixtral_jax.sharding.partition import use_weight
+from mixtral_jax.sharding.rules import Rules
+
+INIT_STD = 0.02
+"""Of every matrix, whatever its fan-in, as in the published models' configs (`initializer_range`)."""
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], names: Names, rules: Rules) -> jax.Array:
+    """Declares a float32 matrix of the module and returns it as a layer uses it: gathered, where it is stored in parts.
+
+    Args:
+      names: a logical axis for each dimension.
+    """
+    initializer = nn.with_logical_partitioning(nn.initializers.normal(INIT_STD), names)
+    return use_weight(module.param(name, initializer, shape, jnp.float32), names, rules)

@@ -1,0 +1,152 @@
+"""The transformer: Mistral, and with `config.moe` Mixtral, as one code path."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mixtral_jax.config import Dispatch, Execution, ModelConfig
+from mixtral_jax.model.attention import Attention, Context
+from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.cache import LayerCache
+from mixtral_jax.model.feed_forward import FeedForward
+from mixtral_jax.model.moe import MoE
+from mixtral_jax.model.norm import RMSNorm
+from mixtral_jax.model.parameters import weight
+from mixtral_jax.model.rope import rotation
+from mixtral_jax.model.routing import Statistics
+from mixtral_jax.sharding.partition import constrain
+from mixtral_jax.sharding.rules import TRAINING, Rules
+
+_REMAT_POLICIES = {
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Output(NamedTuple):
+    """What a Transformer gives."""
+
+    logits_BTV: jax.Array
+    """float32."""
+    routing: Statistics | None
+    """Of each layer, stacked: [L, ...]; None for a Mistral."""
+
+
+class Block(nn.Module):
+    """One layer: attention and a feed-forward or mixture, each on a normalised copy of the residual stream."""
+
+    config: ModelConfig
+    execution: Execution = Execution()
+    dispatch: Dispatch = Dispatch()
+    rules: Rules = TRAINING
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, tuple[Statistics | None, LayerCache | None]]:
+        config, execution, rules = self.config, self.execution, self.rules
+        normalised = RMSNorm(config.norm_eps, name="attention_norm")(x_BTD)
+        mixed, cache = Attention(config, execution, rules, name="attention")(normalised, context, cache)
+        x_BTD = constrain(x_BTD + mixed, ("batch", "length", "activation"), rules)
+        normalised = RMSNorm(config.norm_eps, name="feed_forward_norm")(x_BTD)
+        if config.moe is None:
+            y_BTD, routing = FeedForward(config, execution, rules, name="feed_forward")(normalised), None
+        else:
+            moe = MoE(config, execution, self.dispatch, rules, name="moe")
+            y_BTD, routing = moe(normalised, context.mask_BT)
+        return constrain(x_BTD + y_BTD, ("batch", "length", "activation"), rules), (routing, cache)
+
+
+class Transformer(nn.Module):
+    """Tokens to logits. The layers' parameters are stacked, [L, ...], and scanned.
+
+    Attributes:
+      config: what the weights are.
+      execution: dtypes, attention and remat.
+      dispatch: how tokens reach experts; dropless unless given.
+      rules: where axes lie on the current mesh, if there is one.
+    """
+
+    config: ModelConfig
+    execution: Execution = Execution()
+    dispatch: Dispatch = Dispatch()
+    rules: Rules = TRAINING
+
+    def setup(self) -> None:
+        config = self.config
+        self.embedding_VD = weight(self, "embedding", (config.vocab_size, config.dim), ("vocab", "embed"), self.rules)
+        block: Any = Block
+        if self.execution.remat in _REMAT_POLICIES:
+            # The scan already keeps the compiler from sharing the repeated work with the first pass.
+            block = nn.remat(Block, policy=_REMAT_POLICIES[self.execution.remat], prevent_cse=False)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config, self.execution, self.dispatch, self.rules)
+        self.norm = RMSNorm(config.norm_eps)
+        if not config.tie_embeddings:
+            shape = (config.dim, config.vocab_size)
+            self.unembedding_DV = weight(self, "unembedding", shape, ("embed", "vocab"), self.rules)
+
+    def __call__(
+        self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None, position_BT: jax.Array | None = None
+    ) -> Output:
+        """Next-token logits of every token.
+
+        Args:
+          tokens_BT: integers below the vocabulary's size.
+          segment_BT: int32, the document of each token, 0 for padding; documents don't see each other. None: each row is
+            one document without padding.
+          position_BT: int32, each token's position in its document; None: its place in the row.
+        """
+        hidden_BTD, routing = self.hidden(tokens_BT, segment_BT, position_BT)
+        execution = self.execution
+        logits_BTV = einsum("BTD,DV->BTV", hidden_BTD, self.unembedding(), dtype=execution.product_dtype)
+        return Output(logits_BTV, routing)
+
+    def hidden(
+        self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None, position_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Statistics | None]:
+        """The last layer's normalised output [B, T, D] in the activation dtype, and the routing; see `__call__`."""
+        batch, length = tokens_BT.shape
+        if position_BT is None:
+            position_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+        mask_BT = jnp.ones((batch, length), bool) if segment_BT is None else segment_BT != 0
+        context = Context(rotation(position_BT, self.config.head_dim, self.config.rope_theta), mask_BT, segment_BT)
+        x_BTD = self.embedding_VD[tokens_BT].astype(self.execution.activation_dtype)
+        x_BTD = constrain(x_BTD, ("batch", "length", "activation"), self.rules)
+        x_BTD, (routing, _) = self.layers(x_BTD, context, None)
+        return self.norm(x_BTD), routing
+
+    def unembedding(self) -> jax.Array:
+        """The matrix [D, V] from the last layer's output to logits."""
+        return self.embedding_VD.T if self.config.tie_embeddings else self.unembedding_DV
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Any:
+    """Fresh parameters: float32 arrays boxed with the names of their axes."""
+    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """The shapes, dtypes and axis names of the parameters; nothing is allocated."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """How many parameters there are, and how many a token uses: all but the experts that it did not choose."""
+    params = nn.unbox(abstract_params(config))
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if config.moe is None:
+        return total, total
+    experts = sum(params["layers"]["moe"][name].size for name in ("gate", "up", "down"))
+    idle = experts * (config.moe.num_experts - config.moe.experts_per_token) // config.moe.num_experts
+    return total, total - idle

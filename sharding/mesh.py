@@ -1,0 +1,79 @@
+"""The device mesh: its config section, and the one function that makes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from mixtral_jax.errors import InputError
+from mixtral_jax.sharding.axes import MESH_AXES, MeshAxis
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The size of each mesh axis. At most one is -1: whatever number of devices the others leave."""
+
+    data: int = -1
+    """Copies of the model; also across slices, over the slow network."""
+    fsdp: int = 1
+    """Parts that a copy's weights are stored in, gathered a layer at a time."""
+    expert: int = 1
+    """Groups that the experts are divided among; tokens travel to them by all-to-all."""
+    context: int = 1
+    """Parts of a sequence."""
+    tensor: int = 1
+    """Parts of a head count or a hidden width."""
+
+    # Read by the validating library when this section is part of a larger config.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    def __post_init__(self) -> None:
+        for axis in MESH_AXES:
+            if self.size(axis) == 0 or self.size(axis) < -1:
+                raise InputError(axis, self.size(axis), "a number of devices above zero, or -1 for the rest")
+        if sum(self.size(axis) == -1 for axis in MESH_AXES) > 1:
+            raise InputError("mesh", self, "only one axis can be -1")
+
+    def size(self, axis: MeshAxis) -> int:
+        """The number of devices along an axis, or -1."""
+        return getattr(self, axis)
+
+    def resolve(self, num_devices: int) -> MeshConfig:
+        """The same mesh with -1 filled in.
+
+        Raises:
+          InputError: the axes' product is not the number of devices.
+        """
+        given = math.prod(self.size(axis) for axis in MESH_AXES if self.size(axis) != -1)
+        free = [axis for axis in MESH_AXES if self.size(axis) == -1]
+        if num_devices % given or (not free and given != num_devices):
+            sizes = ", ".join(f"{axis}={self.size(axis)}" for axis in MESH_AXES if self.size(axis) != 1)
+            need = "a divisor of" if free else "exactly"
+            raise InputError("mesh", sizes or "data=1", f"the axes' product must be {need} the {num_devices} devices")
+        return replace(self, **{axis: num_devices // given for axis in free})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.size(axis) for axis in MESH_AXES)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over the devices (default: all), neighbours on the last axes, with automatic partitioning on each axis.
+
+    Raises:
+      InputError: the axes' product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = config.resolve(len(devices)).shape
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh that jax.set_mesh made current, or None on a single device or without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh

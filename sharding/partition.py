@@ -1,0 +1,104 @@
+"""From abstract arrays with named axes to shardings, and constraints inside a computation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mixtral_jax.errors import InputError
+from mixtral_jax.sharding.axes import Names
+from mixtral_jax.sharding.mesh import current_mesh
+from mixtral_jax.sharding.rules import Rules
+
+
+def constrain(x: jax.Array, names: Names, rules: Rules) -> jax.Array:
+    """x, laid out on the current mesh as the rules say for axes of these names; unchanged where there is no mesh."""
+    if current_mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, rules.use(names))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def use_weight(weight: jax.Array, names: Names, rules: Rules) -> jax.Array:
+    """A stored weight as a layer uses it: gathered over the axes that only store it. Its gradient is scattered back."""
+    return constrain(weight, names, rules)
+
+
+def _use_forward(weight: jax.Array, names: Names, rules: Rules) -> tuple[jax.Array, None]:
+    return constrain(weight, names, rules), None
+
+
+def _use_backward(names: Names, rules: Rules, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    if current_mesh() is None:
+        return (gradient,)
+    return (jax.lax.with_sharding_constraint(gradient, rules.storage(names)),)
+
+
+use_weight.defvjp(_use_forward, _use_backward)
+
+
+def named_shardings(mesh: Mesh, abstract: Any, rules: Rules) -> Any:
+    """A NamedSharding for each leaf of a tree from `jax.eval_shape`; leaves without axis names are replicated.
+
+    Raises:
+      InputError: dimensions that the mesh does not divide, all of them in one message.
+    """
+    specs = jax.tree.map(
+        lambda leaf: rules.storage(leaf.names) if isinstance(leaf, nn.Partitioned) else PartitionSpec(),
+        abstract,
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+    )
+    check_divisible(nn.unbox(abstract), specs, mesh.shape)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def check_divisible(abstract: Any, specs: Any, axis_sizes: Mapping[str, int]) -> None:
+    """Raises InputError with every dimension of every leaf that its mesh axes do not divide."""
+    problems = []
+    for (path, leaf), spec in zip(
+        jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(specs), strict=True
+    ):
+        for dimension, (size, axes) in enumerate(zip(leaf.shape, spec, strict=False)):
+            parts = math.prod(axis_sizes[axis] for axis in axes or ())
+            if size % parts:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                problems.append(f"dimension {dimension} of {name} is {size}, not divisible by {'x'.join(axes)} = {parts}")
+    if problems:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in axis_sizes.items() if size > 1)
+        raise InputError("mesh", sizes, "the model does not divide over it:\n  " + "\n  ".join(problems))
+
+
+def over_tokens(function: Callable, tokens: PartitionSpec, weights: PartitionSpec) -> Callable:
+    """The function run on each shard's own tokens, for arguments (token arrays..., weights); it returns token arrays.
+
+    Only the axes that the two layouts name are the function's own to use; the compiler goes on partitioning the others.
+    The weights' gradient is summed over the axes that share them.
+
+    Args:
+      function: takes arrays [B, T, ...] and a tree of weights, in that order, by position.
+      tokens: the layout of the first two dimensions of each token array.
+      weights: the layout of each weight.
+    """
+    manual = tuple(axis for spec in (tokens, weights) for axes in spec for axis in _as_tuple(axes))
+
+    def on_shard(*arguments: Any) -> Any:
+        *arrays, tree = arguments
+        # Said before the function runs, since a custom VJP may not return a gradient of another layout than its input.
+        shared = tuple(axis for axis in dict.fromkeys(manual) if axis not in weights)
+        return function(*arrays, jax.tree.map(lambda leaf: jax.lax.pcast(leaf, shared, to="varying"), tree))
+
+    def run(*arguments: Any) -> Any:
+        layouts = (*(tokens for _ in arguments[:-1]), weights)
+        return jax.shard_map(on_shard, in_specs=layouts, out_specs=tokens, axis_names=set(manual))(*arguments)
+
+    return run
+
+
+def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
