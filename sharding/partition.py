@@ -65,37 +65,36 @@ def check_divisible(abstract: Any, specs: Any, axis_sizes: Mapping[str, int]) ->
         jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(specs), strict=True
     ):
         for dimension, (size, axes) in enumerate(zip(leaf.shape, spec, strict=False)):
-            parts = math.prod(axis_sizes[axis] for axis in axes or ())
+            parts = math.prod(axis_sizes[axis] for axis in _as_tuple(axes))
             if size % parts:
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                problems.append(f"dimension {dimension} of {name} is {size}, not divisible by {'x'.join(axes)} = {parts}")
+                name, over = jax.tree_util.keystr(path, simple=True, separator="."), " x ".join(_as_tuple(axes))
+                problems.append(f"dimension {dimension} of {name} is {size}, not divisible by {over} = {parts}")
     if problems:
         sizes = ", ".join(f"{axis}={size}" for axis, size in axis_sizes.items() if size > 1)
         raise InputError("mesh", sizes, "the model does not divide over it:\n  " + "\n  ".join(problems))
 
 
 def over_tokens(function: Callable, tokens: PartitionSpec, weights: PartitionSpec) -> Callable:
-    """The function run on each shard's own tokens, for arguments (token arrays..., weights); it returns token arrays.
+    """The function run on each shard's own tokens; without a mesh, the function itself.
 
     Only the axes that the two layouts name are the function's own to use; the compiler goes on partitioning the others.
-    The weights' gradient is summed over the axes that share them.
+    The weights' gradient is summed over the shards that share them, once.
 
     Args:
-      function: takes arrays [B, T, ...] and a tree of weights, in that order, by position.
+      function: takes arrays [B, T, ...] and, last, a tree of weights, by position; returns arrays whose first two
+        dimensions are laid out like tokens.
       tokens: the layout of the first two dimensions of each token array.
       weights: the layout of each weight.
     """
-    manual = tuple(axis for spec in (tokens, weights) for axes in spec for axis in _as_tuple(axes))
-
-    def on_shard(*arguments: Any) -> Any:
-        *arrays, tree = arguments
-        # Said before the function runs, since a custom VJP may not return a gradient of another layout than its input.
-        shared = tuple(axis for axis in dict.fromkeys(manual) if axis not in weights)
-        return function(*arrays, jax.tree.map(lambda leaf: jax.lax.pcast(leaf, shared, to="varying"), tree))
+    if current_mesh() is None:
+        return function
+    manual = {axis for spec in (tokens, weights) for axes in spec for axis in _as_tuple(axes)}
 
     def run(*arguments: Any) -> Any:
         layouts = (*(tokens for _ in arguments[:-1]), weights)
-        return jax.shard_map(on_shard, in_specs=layouts, out_specs=tokens, axis_names=set(manual))(*arguments)
+        # Unchecked replication: a custom VJP can't say that its weight gradient is yet to be summed over the shards.
+        mapped = jax.shard_map(function, in_specs=layouts, out_specs=tokens, axis_names=manual, check_vma=False)
+        return mapped(*arguments)
 
     return run
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 import fsspec  # type: ignore[import-untyped]
@@ -108,12 +109,12 @@ def _matches(filesystem: Any, pattern: str, source: str, key: str) -> list[str]:
 def _stdlib(key: str) -> list[SourceFile]:
     """The running Python's own modules, which every machine with this version has alike."""
     filesystem, root = fsspec.core.url_to_fs(sysconfig.get_path("stdlib"))
-
-    def is_wanted(path: str) -> bool:
-        inside = PurePosixPath(path).relative_to(root)
-        return inside.suffix == ".py" and not NOT_STDLIB & set(inside.parts) and "_sysconfigdata" not in inside.name
-
-    return [SourceFile(filesystem, path, key) for path in sorted(_in_folder(filesystem, root)) if is_wanted(path)]
+    paths: list[str] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in NOT_STDLIB]
+        modules = (name for name in names if name.endswith(".py") and "_sysconfigdata" not in name)
+        paths += [PurePath(folder, name).as_posix() for name in modules]
+    return [SourceFile(filesystem, path, key) for path in sorted(paths)]
 
 
 def read_documents(files: Iterable[SourceFile], text_field: str, document_bytes: int) -> Iterator[str]:
@@ -145,13 +146,15 @@ def _text_documents(file: SourceFile, document_bytes: int) -> Iterator[str]:
 
 
 def _cut(chunk: bytes) -> int:
-    """Where a long text is cut: after the last line's end, else before the last character (never at 0)."""
+    """Where a long text is cut: after the last line's end, else after the last whole character (never at 0)."""
     if end_of_line := chunk.rfind(b"\n") + 1:
         return end_of_line
-    cut = len(chunk) - 1
-    while cut > max(1, len(chunk) - 4) and chunk[cut] & 0xC0 == 0x80:
-        cut -= 1
-    return max(1, cut)
+    try:
+        chunk.decode()
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            return error.start
+    return len(chunk)
 
 
 def _decode(data: bytes, file: SourceFile, offset: int) -> str:

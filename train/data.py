@@ -173,7 +173,7 @@ def _tokenizer(files: list[SourceFile], config: DataConfig, scan: Scan, cache: P
         training = (text for split, text in _split_documents(files, config, scan) if split == "training")
         return train_tokenizer(training, config.vocab_size, path)
     except InputError as error:
-        raise InputError(f"data.{error.key}", error.value, error.allowed) from None
+        raise InputError(f"data.{error.key.removeprefix('data.')}", error.value, error.allowed) from None
 
 
 def _check(config: DataConfig, training: TokenIndex, validation: TokenIndex, vocab_size: int | None) -> None:

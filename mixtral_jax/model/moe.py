@@ -6,10 +6,10 @@ and another brings the results back. Nothing else crosses shards: groups of toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
@@ -103,18 +103,14 @@ class MoE(nn.Module):
             down=weight(self, "down", leave, ("experts", "hidden", "expert_embed"), self.rules),
         )
 
-    def _on_mesh(self, moe: MoEConfig) -> partial[tuple[jax.Array, jax.Array]]:
+    def _on_mesh(self, moe: MoEConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """apply_experts, on each shard's own tokens where there is a mesh."""
         mesh = current_mesh()
-        shards = 1 if mesh is None else mesh.shape["expert"]
         serve = partial(
             apply_experts,
             num_experts=moe.num_experts,
             dispatch=self.dispatch,
             execution=self.execution,
-            shards=shards,
+            shards=1 if mesh is None else mesh.shape["expert"],
         )
-        if mesh is None:
-            return serve
-        tokens = self.rules.use(("batch", "length"))
-        return over_tokens(serve, tokens, weights=PartitionSpec("expert"))
+        return over_tokens(serve, self.rules.use(("batch", "length")), weights=PartitionSpec("expert"))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig
 from mixtral_jax.model.attention import Attention, Context
@@ -18,7 +19,7 @@ from mixtral_jax.model.norm import RMSNorm
 from mixtral_jax.model.parameters import weight
 from mixtral_jax.model.rope import rotation
 from mixtral_jax.model.routing import Statistics
-from mixtral_jax.sharding.partition import constrain
+from mixtral_jax.sharding.partition import constrain, over_tokens
 from mixtral_jax.sharding.rules import TRAINING, Rules
 
 _REMAT_POLICIES = {
@@ -121,8 +122,9 @@ class Transformer(nn.Module):
             position_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
         mask_BT = jnp.ones((batch, length), bool) if segment_BT is None else segment_BT != 0
         context = Context(rotation(position_BT, self.config.head_dim, self.config.rope_theta), mask_BT, segment_BT)
-        x_BTD = self.embedding_VD[tokens_BT].astype(self.execution.activation_dtype)
-        x_BTD = constrain(x_BTD, ("batch", "length", "activation"), self.rules)
+        # Each shard looks up its own tokens: the gradient is then summed over the shards once, whole rows at a time.
+        look_up = over_tokens(lambda tokens, table: table[tokens], self.rules.use(("batch", "length")), PartitionSpec())
+        x_BTD = look_up(tokens_BT, self.embedding_VD).astype(self.execution.activation_dtype)
         x_BTD, (routing, _) = self.layers(x_BTD, context, None)
         return self.norm(x_BTD), routing
 

@@ -74,7 +74,7 @@ def test_value_and_gradients(spec, dtype):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{**SIZES, "C": 7}, {**SIZES, "K": 1}, {**SIZES, "B": 1, "K": 1, "G": 1}, SIZES | {"T": 1}]
+    "sizes", [{**SIZES, "C": 7}, {**SIZES, "K": 1}, {**SIZES, "B": 1, "K": 1, "G": 1}, SIZES | {"B": 1, "T": 1, "C": 1}]
 )
 @pytest.mark.parametrize("spec", ["ECD,EDF->ECF", "BTKGH,BSKH->BKGTS", "BKGTS,BSKH->BTKGH", "BTF,FD->BTD"])
 def test_odd_and_single_sizes(spec, sizes):
@@ -98,8 +98,7 @@ def test_bfloat16_product_is_exact_for_its_operands():
     x = jnp.array([[1.0, 2**-8, -1.0]])
     assert einsum("TD,DF->TF", x, jnp.ones((3, 1)), dtype=jnp.bfloat16) == 2**-8
     ones = jnp.ones((300, 1))
-    y, dx, dw = _value_and_gradients("TD,DF->TF", ones.T, ones, jnp.ones((1, 1)), dtype=jnp.bfloat16)
-    assert y == 300
+    assert einsum("TD,DF->TF", ones.T, ones, dtype=jnp.bfloat16) == 300
     _, _, dw = _value_and_gradients("TD,DF->TF", ones, jnp.ones((1, 1)), ones, dtype=jnp.bfloat16)
     assert dw == 300
 
@@ -206,7 +205,7 @@ def test_cpu_tricks_stay_on_cpu():
     step = jax.jit(lambda *a: _value_and_gradients("ECD,EDF->ECF", *a, dtype=jnp.bfloat16))
     for platform, tricks in (("cpu", 1), ("tpu", 0), ("cuda", 0)):
         module = jax.export.export(step, platforms=[platform])(x, w, dy).mlir_module()
-        assert module.count("optimization_barrier") == tricks
+        assert module.count("stablehlo.optimization_barrier") == tricks
 
 
 @pytest.mark.parametrize(

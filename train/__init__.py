@@ -1,0 +1,1 @@
+"""Training: data, losses, the step and the loop around it."""

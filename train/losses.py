@@ -1,0 +1,160 @@
+"""The losses of pretraining: cross-entropy in chunks, and the routing's auxiliary losses, by name."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from mixtral_jax.config import STRICT, require
+from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.routing import Statistics
+from mixtral_jax.sharding.partition import over_tokens
+from mixtral_jax.sharding.rules import Rules
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LossConfig:
+    """What is added to the cross-entropy, and how much of it."""
+
+    balance: float = 0.02
+    """Coefficient of the per-sequence load-balancing loss, which is k where routing is balanced."""
+    z: float = 0.001
+    """Coefficient of the squared log of the router's partition function."""
+    chunk: int = 64
+    """Tokens of each row whose logits exist at a time."""
+
+    @model_validator(mode="after")
+    def check(self) -> LossConfig:
+        require(self.balance >= 0, "balance", self.balance, "zero or more")
+        require(self.z >= 0, "z", self.z, "zero or more")
+        require(self.chunk > 0, "chunk", self.chunk, "a number of tokens above zero")
+        return self
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    hidden_BTD: jax.Array,
+    unembedding_DV: jax.Array,
+    target_BT: jax.Array,
+    weight_BT: jax.Array,
+    chunk: int,
+    product_dtype: str,
+) -> jax.Array:
+    """The weighted sum of -log softmax(hidden @ unembedding)[target], in nats; logits exist a chunk at a time.
+
+    The gradient is computed with the loss, while a chunk's logits are at hand, so that none are computed twice.
+
+    Args:
+      target_BT: int32 in [0, V).
+      weight_BT: float32; a token of weight 0 counts for nothing, whatever its target.
+      chunk: tokens of each row at a time.
+      product_dtype: of the products' operands; logits and softmax are float32.
+
+    Returns:
+      float32, a scalar.
+    """
+    chunks = _chunks(chunk, hidden_BTD, target_BT, weight_BT)
+
+    def step(total: jax.Array, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        hidden_BCD, target_BC, weight_BC = piece
+        logits_BCV = einsum("BTD,DV->BTV", hidden_BCD, unembedding_DV, dtype=product_dtype)
+        return total + jnp.sum(_losses(logits_BCV, target_BC)[0] * weight_BC), None
+
+    return jax.lax.scan(step, jnp.zeros(()), chunks)[0]
+
+
+def _forward(
+    hidden_BTD: jax.Array,
+    unembedding_DV: jax.Array,
+    target_BT: jax.Array,
+    weight_BT: jax.Array,
+    chunk: int,
+    product_dtype: str,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    chunks = _chunks(chunk, hidden_BTD, target_BT, weight_BT)
+    w_DV = unembedding_DV.astype(product_dtype)
+
+    def step(carry: tuple, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[tuple, tuple]:
+        total, gradient_DV = carry
+        hidden_BCD, target_BC, weight_BC = piece
+        hidden_BCD = hidden_BCD.astype(product_dtype)
+        logits_BCV = einsum("BTD,DV->BTV", hidden_BCD, w_DV, dtype=product_dtype)
+        loss_BC, log_z_BC = _losses(logits_BCV, target_BC)
+        hit_BCV = jnp.arange(logits_BCV.shape[-1], dtype=jnp.int32)[None, None] == target_BC[..., None]
+        d_logits_BCV = (jnp.exp(logits_BCV - log_z_BC[..., None]) - hit_BCV) * weight_BC[..., None]
+        d_logits_BCV = d_logits_BCV.astype(product_dtype)
+        d_hidden_BCD = einsum("BTV,DV->BTD", d_logits_BCV, w_DV, dtype=product_dtype)
+        gradient_DV += einsum("BTD,BTV->DV", hidden_BCD, d_logits_BCV, dtype=product_dtype)
+        return (total + jnp.sum(loss_BC * weight_BC), gradient_DV), (d_hidden_BCD.astype(hidden_BTD.dtype), loss_BC)
+
+    start = (jnp.zeros(()), jnp.zeros(unembedding_DV.shape, jnp.float32))
+    (total, gradient_DV), (d_hidden_XBCD, loss_XBC) = jax.lax.scan(step, start, chunks)
+    d_hidden_BTD = jnp.moveaxis(d_hidden_XBCD, 0, 1).reshape(hidden_BTD.shape[0], -1, hidden_BTD.shape[2])
+    loss_BT = jnp.moveaxis(loss_XBC, 0, 1).reshape(hidden_BTD.shape[0], -1)
+    length = hidden_BTD.shape[1]
+    return total, (d_hidden_BTD[:, :length], gradient_DV.astype(unembedding_DV.dtype), loss_BT[:, :length])
+
+
+def _backward(
+    chunk: int, product_dtype: str, saved: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+    d_hidden_BTD, gradient_DV, loss_BT = saved
+    return (
+        (d_hidden_BTD * cotangent).astype(d_hidden_BTD.dtype),
+        (gradient_DV * cotangent).astype(gradient_DV.dtype),
+        None,
+        loss_BT * cotangent,
+    )
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _losses(logits_BTV: jax.Array, target_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-log softmax at the target, and the log of the partition function."""
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return log_z_BT - jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0], log_z_BT
+
+
+def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """Each array [B, T, ...] as [T / chunk, B, chunk, ...], padded with zeros to a whole number of chunks."""
+    length = arrays_BT[0].shape[1]
+    chunk = min(chunk, length)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    return tuple(split(x) for x in arrays_BT)
+
+
+def batch_cross_entropy(
+    hidden_BTD: jax.Array,
+    unembedding_DV: jax.Array,
+    target_BT: jax.Array,
+    weight_BT: jax.Array,
+    *,
+    chunk: int,
+    product_dtype: str,
+    rules: Rules,
+) -> jax.Array:
+    """cross_entropy, each shard of the current mesh chunking its own tokens: the sum over all of them, float32.
+
+    Left to the compiler, the unembedding's gradient would be summed over the mesh at every chunk.
+    """
+
+    def on_shard(hidden: jax.Array, target: jax.Array, weight: jax.Array, unembedding: jax.Array) -> jax.Array:
+        return cross_entropy(hidden, unembedding, target, weight, chunk, product_dtype)[None, None]
+
+    on_shards = over_tokens(on_shard, rules.use(("batch", "length")), weights=PartitionSpec())
+    return jnp.sum(on_shards(hidden_BTD, target_BT, weight_BT, unembedding_DV))
+
+
+def auxiliary(routing: Statistics, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The balance loss and the z-loss of (a part of) a batch of so many real tokens, mean over layers."""
+    return jnp.mean(routing.balance_loss) / tokens, jnp.mean(routing.z_loss) / tokens

@@ -1,0 +1,84 @@
+"""AdamW with clipping and a schedule, all optax's."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import optax
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from mixtral_jax.config import STRICT, require, require_positive
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, 2019) and its learning rate over time."""
+
+    learning_rate: float
+    """The peak."""
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up. `wsd`: warm-up, stable, and a linear decay over the last `decay_fraction` of the steps."""
+    final_fraction: float = 0.1
+    """The last learning rate over the peak."""
+    decay_fraction: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Of matrices; norm scales are left alone."""
+    clip_norm: float | None = 1.0
+    """The largest global norm of the gradient; None (unset): any."""
+
+    @model_validator(mode="after")
+    def check(self) -> OptimizerConfig:
+        require_positive(self, ("learning_rate", "epsilon", "clip_norm"))
+        for name in ("final_fraction", "decay_fraction", "beta1", "beta2"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
+        for name in ("warmup_steps", "weight_decay"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
+        return self
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of each step of a run of so many.
+
+    Raises:
+      InputError: the warm-up is longer than the run.
+    """
+    require(config.warmup_steps < steps, "optimizer.warmup_steps", config.warmup_steps, f"fewer than steps = {steps}")
+    peak, last = config.learning_rate, config.learning_rate * config.final_fraction
+    remaining = steps - config.warmup_steps
+    warmup = optax.linear_schedule(peak / max(config.warmup_steps, 1), peak, max(config.warmup_steps - 1, 1))
+    match config.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, remaining, alpha=config.final_fraction)
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "wsd":
+            decay = max(1, round(remaining * config.decay_fraction))
+            stable = optax.constant_schedule(peak)
+            after = optax.join_schedules([stable, optax.linear_schedule(peak, last, decay)], [remaining - decay])
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping, AdamW and the schedule, in that order; moments are float32 and laid out as their parameters."""
+    return optax.chain(
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=_decayed,
+        ),
+    )
+
+
+def _decayed(params: Any) -> Any:
+    """True for matrices; a norm's scale is the only parameter of that name. The parameters may be boxed."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.DictKey("scale") not in path, params)
