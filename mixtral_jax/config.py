@@ -6,6 +6,7 @@ where an integer belongs or a head count that does not divide is an InputError t
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import tomllib
@@ -140,8 +141,8 @@ def build(cls: type[ConfigType], table: Mapping[str, Any], prefix: str = "") -> 
       InputError: naming each key that is unknown, missing, of a wrong type or out of bounds.
     """
     try:
-        # JSON, since strict mode takes a list for a tuple only from there.
-        return TypeAdapter(cls).validate_json(json.dumps(table))
+        # JSON, since strict mode takes a list for a tuple only from there; TOML's dates become strings, and are refused.
+        return TypeAdapter(cls).validate_json(json.dumps(table, default=str))
     except ValidationError as error:
         raise _explain(cls, error, prefix) from None
 
@@ -198,7 +199,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def override(table: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     """The table with each `a.b=value` of settings applied; a value is TOML, or else a string; `none` unsets."""
-    table = json.loads(json.dumps(table))
+    table = copy.deepcopy(table)
     for setting in settings:
         key, separator, text = setting.partition("=")
         require(bool(separator and key.strip()), "--set", setting, "written as key=value, such as train.steps=100")

@@ -47,13 +47,16 @@ class Attention(nn.Module):
         grouped = (config.num_kv_heads, config.queries_per_kv_head, config.head_dim)
         q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], *grouped)
         chunk, dtype = execution.attention_chunk, execution.product_dtype
-        if cache is None:
+        visible_BTS = None
+        if cache is not None:
+            assert context.view is not None
+            cache, k_BTKH, v_BTKH = advance(cache, k_BTKH, v_BTKH, context.view)
+            visible_BTS = context.view.visible_BTS
+        if visible_BTS is None:
             window = config.sliding_window
             mixed = self_attention(q_BTKGH, k_BTKH, v_BTKH, context.segment_BT, window, chunk, dtype)
         else:
-            assert context.view is not None
-            cache, keys, values = advance(cache, k_BTKH, v_BTKH, context.view)
-            mixed = cached_attention(q_BTKGH, keys, values, context.view.visible_BTS, chunk, dtype)
+            mixed = cached_attention(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, chunk, dtype)
         mixed_BTNH = mixed.astype(execution.activation_dtype).reshape(q_BTNH.shape)
         shape = (config.num_heads, config.head_dim, config.dim)
         output_NHD = weight(self, "output", shape, ("heads", "head_dim", "embed"), self.rules)

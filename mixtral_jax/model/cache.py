@@ -49,8 +49,8 @@ class View(NamedTuple):
 
     slot_BT: jax.Array
     """int32; R for a token that is not stored."""
-    visible_BTS: jax.Array
-    """bool over the ring, or over the ring and then the chunk."""
+    visible_BTS: jax.Array | None
+    """bool over the ring, or over the ring and then the chunk; None where the ring was empty: the chunk sees itself."""
     chunk_is_apart: bool
     """Whether to attend to the ring as it was and the chunk beside it, and to store the chunk afterwards."""
 
@@ -69,11 +69,14 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: str) -> Cach
     return Cache(layers, jnp.full((batch, slots), EMPTY, jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
-def view(cache: Cache, real_BT: jax.Array, window: int | None) -> tuple[View, Cache, jax.Array]:
+def view(
+    cache: Cache, real_BT: jax.Array, window: int | None, fresh: bool = False
+) -> tuple[View, Cache, jax.Array]:
     """Finds places for a chunk of tokens, the real ones at the front of each row.
 
     Args:
       real_BT: bool; padding is stored nowhere and seen by nobody.
+      fresh: whether the cache is known to be empty, which spares looking at it.
 
     Returns:
       The view; the cache with its positions and lengths moved on (its layers are for each layer to replace); and
@@ -88,6 +91,8 @@ def view(cache: Cache, real_BT: jax.Array, window: int | None) -> tuple[View, Ca
     slot_BT = jnp.where(stays_BT, position_BT % slots, slots)
     row_B1 = jnp.arange(real_BT.shape[0])[:, None]
     position_BR = cache.position_BR.at[row_B1, slot_BT].set(position_BT, mode="drop")
+    if fresh:
+        return View(slot_BT, None, False), Cache(cache.layers, position_BR, length_B), position_BT
     # Without a window the ring is as long as the text, so nothing that is still seen is overwritten.
     apart = window is not None and chunk > 1 and window + chunk - 1 > slots
     seen_BS = jnp.concatenate([cache.position_BR, position_BT], axis=1) if apart else position_BR
@@ -109,6 +114,8 @@ def advance(
 ) -> tuple[LayerCache, jax.Array, jax.Array]:
     """Stores a chunk, and gives the keys and values [B, S, K, H] that `view.visible_BTS` speaks of."""
     stored = store(layer, k_BTKH, v_BTKH, view.slot_BT)
+    if view.visible_BTS is None:
+        return stored, k_BTKH, v_BTKH
     if not view.chunk_is_apart:
         return stored, stored.k_BRKH, stored.v_BRKH
     # Storing first would lose the keys that the chunk's early tokens still see.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.config import Dispatch
+from mixtral_jax.config import Dispatch, require
 
 
 class Slots(NamedTuple):
@@ -28,12 +28,13 @@ class Slots(NamedTuple):
     """int32, n * A + a of the choice that holds the slot; N * A where it is empty."""
 
 
-def capacity(dispatch: Dispatch, group_size: int, experts_per_token: int, num_experts: int) -> int:
-    """Places an expert has for each group of tokens; no more than could be wanted."""
+def capacity(dispatch: Dispatch, tokens: int, experts_per_token: int, num_experts: int) -> int:
+    """Places an expert has for a group of so many real tokens; no more than could be wanted."""
     if dispatch.capacity_factor is None:
-        return group_size
-    balanced = experts_per_token * group_size / num_experts
-    return min(group_size, math.ceil(dispatch.capacity_factor * balanced))
+        return tokens
+    balanced = experts_per_token * tokens / num_experts
+    # 1.1 * 50 is a little over 55: a rounding error makes no place.
+    return min(tokens, math.ceil(dispatch.capacity_factor * balanced - 1e-9))
 
 
 def ranks(expert_GTA: jax.Array, mask_GT: jax.Array, num_experts: int, priority: str) -> tuple[jax.Array, jax.Array]:
@@ -69,12 +70,10 @@ def capacity_slots(expert_GTA: jax.Array, mask_GT: jax.Array, num_experts: int, 
     num_groups, length, choices = expert_GTA.shape
     places = capacity(dispatch, length, choices, num_experts)
     rank_GTA, _ = ranks(expert_GTA, mask_GT, num_experts, dispatch.priority)
-    limit_G11 = jnp.full((num_groups, 1, 1), places)
-    if dispatch.capacity_factor is not None:
-        real_G = jnp.sum(mask_GT, axis=1)
-        wanted_G = jnp.ceil(dispatch.capacity_factor * choices * real_G / num_experts).astype(jnp.int32)
-        limit_G11 = jnp.minimum(wanted_G, places)[:, None, None]
-    kept_GTA = (rank_GTA < limit_G11) & mask_GT[..., None]
+    # A table, since the device's float32 would round some limits up, and padding would then make a place.
+    limits = jnp.array([capacity(dispatch, real, choices, num_experts) for real in range(length + 1)])
+    limit_G = limits[jnp.sum(mask_GT, axis=1)]
+    kept_GTA = (rank_GTA < limit_G[:, None, None]) & mask_GT[..., None]
     group_G11 = jnp.arange(num_groups)[:, None, None]
     slot_GTA = (expert_GTA * num_groups + group_G11) * places + rank_GTA
     return _invert(slot_GTA.reshape(-1, choices), kept_GTA.reshape(-1, choices), num_experts * num_groups * places)
@@ -151,11 +150,10 @@ def group(length: int, group_size: int) -> int:
     """Tokens a capacity group has in sequences of this length.
 
     Raises:
-      ValueError: the group size does not divide a longer sequence.
+      InputError: the group size does not divide a longer sequence.
     """
     size = min(group_size, length)
-    if length % size:
-        raise ValueError(f"group_size = {group_size}: must divide the {length} tokens of a sequence (of one shard)")
+    require(length % size == 0, "group_size", group_size, f"must divide the {length} tokens of a sequence (of one shard)")
     return size
 
 

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig, MoEConfig
 from mixtral_jax.model import dispatch as moves
+from mixtral_jax.model.backends.by_need import by_need
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.backends.ragged import grouped_swiglu
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
@@ -30,7 +32,7 @@ def apply_experts(
     expert_BTA: jax.Array,
     gate_BTA: jax.Array,
     mask_BT: jax.Array,
-    weights: SwiGLU,
+    weights: SwiGLU | tuple[SwiGLU, ...],
     *,
     num_experts: int,
     dispatch: Dispatch,
@@ -40,7 +42,8 @@ def apply_experts(
     """Each token through its chosen experts: the gates' sum of their results.
 
     Args:
-      weights: of all experts, or of one of `shards` equal parts of them, on a mesh axis named `expert`.
+      weights: of all experts, or of one of `shards` equal parts of them, on a mesh axis named `expert`; or each expert's
+        apart, as inference prepares them.
 
     Returns:
       float32 [B, T, D], and bool [B, T, A]: whether the choice was served.
@@ -48,12 +51,16 @@ def apply_experts(
     batch, length, dim = x_BTD.shape
     choices = expert_BTA.shape[-1]
     x_ND = x_BTD.reshape(-1, dim).astype(execution.product_dtype)
+    if isinstance(weights, tuple) and not isinstance(weights, SwiGLU):
+        chosen = expert_BTA.reshape(-1, choices), gate_BTA.reshape(-1, choices), mask_BT.reshape(-1)
+        served = jnp.broadcast_to(mask_BT[..., None], expert_BTA.shape)
+        return by_need(x_ND, *chosen, weights, execution).reshape(x_BTD.shape), served
     if dispatch.capacity_factor is None and shards == 1:
         slots, sizes_E = moves.sorted_slots(expert_BTA.reshape(-1, choices), mask_BT.reshape(-1), num_experts)
         y_MD = grouped_swiglu(moves.spread(x_ND, slots), weights, sizes_E, execution)
     else:
         # Dropless over several shards takes the largest capacity, a whole group an expert: exact, if not thrifty.
-        size = moves.group(length, dispatch.group_size)
+        size = length if dispatch.capacity_factor is None else moves.group(length, dispatch.group_size)
         groups = expert_BTA.reshape(-1, size, choices), mask_BT.reshape(-1, size)
         slots = moves.capacity_slots(*groups, num_experts, dispatch)
         x_ECD = moves.spread(x_ND, slots).reshape(num_experts, -1, dim)
@@ -94,7 +101,9 @@ class MoE(nn.Module):
         y_BTD, kept_BTA = serve(x_BTD, routing.expert_BTA, routing.gate_BTA, mask_BT, self._weights(moe))
         return y_BTD.astype(x_BTD.dtype), statistics(routing, kept_BTA, mask_BT)
 
-    def _weights(self, moe: MoEConfig) -> SwiGLU:
+    def _weights(self, moe: MoEConfig) -> SwiGLU | tuple[SwiGLU, ...]:
+        if self.has_variable("prepared", "experts"):
+            return self.get_variable("prepared", "experts")
         enter = (moe.num_experts, self.config.dim, self.config.hidden_dim)
         leave = (moe.num_experts, self.config.hidden_dim, self.config.dim)
         return SwiGLU(

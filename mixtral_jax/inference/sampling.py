@@ -1,0 +1,127 @@
+"""From logits to the next token. Pure functions of a batch of rows, each with its own random key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mixtral_jax.errors import InputError
+
+_OUT = -jnp.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How to choose a token; checked at construction. The filters apply in the order in which they stand here.
+
+    Raises:
+      InputError: a value out of bounds.
+    """
+
+    repetition_penalty: float = 1.0
+    """Logits of tokens seen before are divided by it where positive, else multiplied (Keskar et al., 2019)."""
+    temperature: float = 0.0
+    """0: the likeliest token, always."""
+    top_k: int = 0
+    """Only the k likeliest; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest that together reach probability p (Holtzman et al., 2020)."""
+    min_p: float = 0.0
+    """Only those at least this fraction as likely as the likeliest."""
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "a finite number above zero"),
+            "temperature": (0 <= self.temperature < float("inf"), "a finite number, zero or more"),
+            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, zero (all) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+        }
+        for key, (ok, allowed) in bounds.items():
+            if not ok:
+                raise InputError(key, getattr(self, key), allowed)
+
+    @property
+    def form(self) -> Form:
+        """What has to be computed."""
+        filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return Form(self.temperature == 0, filtered, self.repetition_penalty != 1)
+
+    @property
+    def values(self) -> Values:
+        """The numbers, as arrays: other numbers of the same form don't compile anew."""
+        return Values(
+            *(jnp.float32(x) for x in (self.repetition_penalty, self.temperature, self.top_p, self.min_p)),
+            jnp.int32(self.top_k),
+        )
+
+
+class Form(NamedTuple):
+    """The static part of a SamplingConfig."""
+
+    greedy: bool
+    filtered: bool
+    penalised: bool
+
+
+class Values(NamedTuple):
+    """The numbers of a SamplingConfig, float32 scalars and int32 top_k."""
+
+    repetition_penalty: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    top_k: jax.Array
+
+
+def sample(logits_BV: jax.Array, key_B: jax.Array, seen_BV: jax.Array | None, form: Form, values: Values) -> jax.Array:
+    """The next token of each row, int32 [B].
+
+    Args:
+      logits_BV: float32.
+      key_B: a random key for each row.
+      seen_BV: bool, the tokens of the text so far; needed where form.penalised.
+    """
+    if form.penalised:
+        assert seen_BV is not None
+        logits_BV = penalise(logits_BV, seen_BV, values.repetition_penalty)
+    if form.greedy:
+        return greedy(logits_BV)
+    logits_BV = logits_BV / values.temperature
+    if form.filtered:
+        logits_BV = keep_likely(logits_BV, values)
+    return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
+
+
+def greedy(logits_BV: jax.Array) -> jax.Array:
+    """The likeliest token, int32 [B]; ties go to the lowest id."""
+    # Two plain reductions: argmax, which carries two values, is not vectorised on CPU.
+    best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    token_1V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)[None]
+    return jnp.min(jnp.where(logits_BV == best_B1, token_1V, logits_BV.shape[-1] - 1), axis=-1)
+
+
+def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Logits with those of seen tokens made less likely, for a penalty above 1."""
+    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+
+
+def keep_likely(logits_BV: jax.Array, values: Values) -> jax.Array:
+    """Logits with -inf for the tokens that top-k, top-p or min-p leave out; the likeliest always stays.
+
+    top_p = 0.7 of probabilities 0.5, 0.3, 0.2 keeps two: a token stays while those before it have less than 0.7.
+    """
+    size = logits_BV.shape[-1]
+    sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+    rank_1V = jnp.arange(size)[None]
+    count = jnp.where(values.top_k > 0, jnp.minimum(values.top_k, size), size)
+    sorted_BV = jnp.where(rank_1V < count, sorted_BV, _OUT)
+    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    stays_BV = (before_BV < values.top_p) & (rank_1V < count)
+    stays_BV &= probability_BV >= values.min_p * probability_BV[:, :1]
+    least_B1 = jnp.min(jnp.where(stays_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_BV >= least_B1, logits_BV, _OUT)
