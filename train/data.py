@@ -11,9 +11,10 @@ from typing import Annotated, NamedTuple
 
 import grain
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from mixtral_jax.config import STRICT
 from mixtral_jax.errors import InputError
 from mixtral_jax.text.tokenizer import Tokenizer, train_tokenizer
 from mixtral_jax.train.corpus import (
@@ -48,7 +49,7 @@ THREADS = 2
 Positive = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """What a run learns from and in what pieces."""
 

@@ -16,6 +16,8 @@ from mixtral_jax.model.routing import Statistics
 from mixtral_jax.sharding.partition import over_tokens
 from mixtral_jax.sharding.rules import Rules
 
+_Pair = tuple[jax.Array, jax.Array]
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LossConfig:
@@ -60,7 +62,7 @@ def cross_entropy(
     """
     chunks = _chunks(chunk, hidden_BTD, target_BT, weight_BT)
 
-    def step(total: jax.Array, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    def step(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         hidden_BCD, target_BC, weight_BC = piece
         logits_BCV = einsum("BTD,DV->BTV", hidden_BCD, unembedding_DV, dtype=product_dtype)
         return total + jnp.sum(_losses(logits_BCV, target_BC)[0] * weight_BC), None
@@ -79,7 +81,7 @@ def _forward(
     chunks = _chunks(chunk, hidden_BTD, target_BT, weight_BT)
     w_DV = unembedding_DV.astype(product_dtype)
 
-    def step(carry: tuple, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[tuple, tuple]:
+    def step(carry: _Pair, piece: tuple[jax.Array, ...]) -> tuple[_Pair, _Pair]:
         total, gradient_DV = carry
         hidden_BCD, target_BC, weight_BC = piece
         hidden_BCD = hidden_BCD.astype(product_dtype)

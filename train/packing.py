@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+Array = Any  # numpy's on the host, jax's inside a step
 
 
 class Batch(NamedTuple):
@@ -19,11 +21,11 @@ class Batch(NamedTuple):
       loss_weight: float32 [B, T], 1 where the target is learnt; 0 where it is padding or begins another document.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    segment: np.ndarray
-    position: np.ndarray
-    loss_weight: np.ndarray
+    tokens: Array
+    targets: Array
+    segment: Array
+    position: Array
+    loss_weight: Array
 
 
 def num_rows(num_tokens: int, length: int) -> int:

@@ -55,9 +55,9 @@ def forward(
 
 def unembed(weights: Prepared, hidden_BTD: jax.Array, execution: Execution) -> jax.Array:
     """Logits, float32 [B, T, V]."""
-    tied = weights.unembedding_DV is None
-    spec, matrix = ("BTD,VD->BTV", weights.embedding_VD) if tied else ("BTD,DV->BTV", weights.unembedding_DV)
-    return einsum(spec, hidden_BTD, matrix, dtype=execution.product_dtype)
+    if weights.unembedding_DV is None:
+        return einsum("BTD,VD->BTV", hidden_BTD, weights.embedding_VD, dtype=execution.product_dtype)
+    return einsum("BTD,DV->BTV", hidden_BTD, weights.unembedding_DV, dtype=execution.product_dtype)
 
 
 @partial(jax.jit, static_argnames=("config", "execution"))

@@ -54,8 +54,11 @@ class SamplingConfig:
     def values(self) -> Values:
         """The numbers, as arrays: other numbers of the same form don't compile anew."""
         return Values(
-            *(jnp.float32(x) for x in (self.repetition_penalty, self.temperature, self.top_p, self.min_p)),
-            jnp.int32(self.top_k),
+            repetition_penalty=jnp.float32(self.repetition_penalty),
+            temperature=jnp.float32(self.temperature),
+            top_p=jnp.float32(self.top_p),
+            min_p=jnp.float32(self.min_p),
+            top_k=jnp.int32(self.top_k),
         )
 
 

@@ -13,6 +13,7 @@ from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.cache import LayerCache, View, advance
 from mixtral_jax.model.parameters import weight
 from mixtral_jax.model.rope import Rotation, rotate
+from mixtral_jax.sharding.axes import LogicalAxis
 from mixtral_jax.sharding.partition import constrain
 from mixtral_jax.sharding.rules import Rules
 
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         config, execution = self.config, self.execution
         x_BTD = x_BTD.astype(execution.product_dtype)  # once, for the three products that save it
 
-        def project(name: str, heads: int, axis: str) -> jax.Array:
+        def project(name: str, heads: int, axis: LogicalAxis) -> jax.Array:
             w_DNH = weight(self, name, (config.dim, heads, config.head_dim), ("embed", axis, "head_dim"), self.rules)
             y_BTNH = einsum(
                 "BTD,DNH->BTNH",

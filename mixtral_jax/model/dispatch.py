@@ -153,7 +153,8 @@ def group(length: int, group_size: int) -> int:
       InputError: the group size does not divide a longer sequence.
     """
     size = min(group_size, length)
-    require(length % size == 0, "group_size", group_size, f"must divide the {length} tokens of a sequence (of one shard)")
+    allowed = f"must divide the {length} tokens of a sequence (of one shard)"
+    require(length % size == 0, "group_size", group_size, allowed)
     return size
 
 

@@ -1,0 +1,60 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer; the rest builds on the same environment.
+# Each can be told otherwise: make test PYTHON=python3.12 VENV=.venv312
+
+candidates := python3.11 python3.12 python3 python3.13
+suits := -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for python in $(candidates); do $$python $(suits) >/dev/null 2>&1 && echo $$python && break; done)
+VENV ?= .venv
+RUN ?= runs/demo
+PROMPT ?= def __init__(self
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadgroup
+
+bin := $(VENV)/bin
+# Twice quiet: errors alone are printed.
+pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench clean
+
+help: ## Show this list
+	@awk -F ': ##|: .*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Pretrain a tiny Mixtral, sample from it, draw its report; started again, it resumes
+	$(bin)/mixtral-jax train runs/demo --run-dir $(RUN)
+	$(bin)/mixtral-jax generate $(RUN) --prompt '$(PROMPT)'
+	$(bin)/mixtral-jax report $(RUN)
+
+test: lint ## Lint, check the types and the import rules, then run the tests
+	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test ## Check style, types and import rules
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/lint-imports --no-logo
+
+format: $(VENV)/.test ## Sort imports, mend what ruff can, lay out the code
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+bench: $(VENV)/.test ## Measure speed and memory
+	$(bin)/python -m benchmarks
+
+clean: ## Remove the environment, builds and caches; runs/ stays
+	rm -rf $(VENV) build dist mixtral_jax.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg:
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv is needed: make PYTHON=...' >&2; exit 2; }
+	@$(PYTHON) $(suits) || { echo '$(PYTHON): Python 3.11 or newer with venv is needed' >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/pyvenv.cfg setup.cfg pyproject.toml
+	@echo 'Installing into $(VENV); this takes about a minute'
+	$(pip) install -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/pyvenv.cfg setup.cfg pyproject.toml
+	@echo 'Installing into $(VENV), torch among it; this takes a few minutes'
+	$(pip) install -e '.[dev,oracles]'
+	@touch $@ $(VENV)/.demo

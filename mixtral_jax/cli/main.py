@@ -1,0 +1,52 @@
+"""`mixtral-jax`: the verbs, and what a mistake or a signal turns into."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+
+from mixtral_jax.cli import generate, inspect, report, tokenizer, train
+from mixtral_jax.errors import InputError
+from mixtral_jax.version import __version__
+
+app = typer.Typer(
+    name="mixtral-jax",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Mistral 7B and Mixtral 8x7B in JAX.",
+)
+app.command()(train.train)
+app.command()(generate.generate)
+app.command()(inspect.inspect)
+app.command()(report.report)
+app.add_typer(tokenizer.app, name="tokenizer")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it.")) -> None:
+    """Mistral 7B and Mixtral 8x7B in JAX."""
+
+
+def main() -> None:
+    """Runs a verb. Exit status: 0 done, 2 the user's mistake, 143 and 130 after a signal, 1 anything else."""
+    try:
+        status = app(standalone_mode=False)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+        status = 130
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,58 @@
+"""Prepares the process for jax: which devices, where compiled programs are kept, and how memory is reused."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import typer
+
+from mixtral_jax.errors import InputError
+
+Device: TypeAlias = Annotated[
+    Literal["tpu", "gpu", "cpu"] | None,
+    typer.Option(help="The devices to use; fails where there are none. By default the fastest kind that is there."),
+]
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def start(device: str | None) -> None:
+    """To be called before jax computes anything.
+
+    Raises:
+      InputError: there is no such device.
+    """
+    reuse_memory()
+    # With libtpu installed, jax looks for a TPU, and prints errors where there is none.
+    platforms = {"cpu": "cpu", "gpu": "cuda,rocm", "tpu": "tpu"}.get(device or "")
+    import jax
+
+    if platforms is not None:
+        jax.config.update("jax_platforms", platforms)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixtral-jax" / "programs"
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError("--device", device, f"no such device here ({reason})") from None
+
+
+def reuse_memory() -> None:
+    """Keeps freed memory in the process, on Linux's C library.
+
+    XLA on CPU allocates its buffers anew in every step; handed back to the system in between, each page of them costs a
+    fault: 1.2 to 2.3 times the time of a training step's parts.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_ARENA_MAX, 1)

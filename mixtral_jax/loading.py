@@ -1,0 +1,245 @@
+"""`mixtral_jax.load`: weights, tokenizer and config as one object that generates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixtral_jax.checkpoints import native
+from mixtral_jax.config import Execution, ModelConfig
+from mixtral_jax.errors import InputError
+from mixtral_jax.inference import decode, generate
+from mixtral_jax.inference.sampling import SamplingConfig
+from mixtral_jax.inference.weights import Prepared, prepare, restore
+from mixtral_jax.text.tokenizer import StreamDecoder, Tokenizer
+
+STEPS_A_CALL = 8
+"""Tokens decoded between two looks of the host, where text is streamed or may end at a stop string."""
+
+
+def load(
+    path: str | Path,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    quantize: Literal["int8", "int4"] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Model:
+    """Loads a model.
+
+    Args:
+      path: the folder of a training run, whose newest checkpoint is taken.
+      dtype: of the matrices and of products' operands; products accumulate in float32.
+      quantize, mesh: not supported yet; None.
+
+    Raises:
+      InputError: nothing loadable is there, or an argument is not supported.
+    """
+    if dtype not in ("bfloat16", "float32"):
+        raise InputError("dtype", dtype, "'bfloat16' or 'float32'")
+    for key, value in (("quantize", quantize), ("mesh", mesh)):
+        if value is not None:
+            raise InputError(key, value, "only None is supported in this version")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError("model", str(path), "no such folder; give that of a training run")
+    if not native.is_run(folder):
+        raise InputError("model", str(path), f"not the folder of a training run: no {native.CONFIG} with checkpoints")
+    config = native.read_run_config(folder)
+    params, _ = native.read_params(folder, config)
+    execution = Execution(product_dtype=dtype)
+    tokenizer = folder / native.TOKENIZER
+    return Model(
+        config,
+        prepare(params, config, execution),
+        execution,
+        Tokenizer.load(tokenizer) if tokenizer.is_file() else None,
+    )
+
+
+class Model:
+    """A loaded model.
+
+    Attributes:
+      config: what the weights are.
+      tokenizer: the one that came with them, or None.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Prepared, execution: Execution, tokenizer: Tokenizer | None):
+        self.config = config
+        self.tokenizer = tokenizer
+        self._weights = weights
+        self._execution = execution
+
+    @property
+    def params(self) -> Any:
+        """The public parameter tree, layers stacked; made anew at each call, at the cost of a second copy."""
+        return restore(self._weights)
+
+    def logits(self, tokens_BT: Any) -> jax.Array:
+        """Next-token logits of every token, float32 [B, T, V].
+
+        Args:
+          tokens_BT: integers, numpy or jax, without padding.
+
+        Raises:
+          InputError: not two-dimensional, empty, not integers, or an id outside the vocabulary.
+        """
+        tokens = np.asarray(tokens_BT)
+        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise InputError("tokens_BT", f"{tokens.dtype}{list(tokens.shape)}", "integers [B, T] are needed")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            worst = tokens.min() if tokens.min() < 0 else tokens.max()
+            raise InputError("tokens_BT", int(worst), f"token ids go from 0 to {self.config.vocab_size - 1}")
+        real_BT = jnp.ones(tokens.shape, bool)
+        tokens_BT = jnp.asarray(tokens, jnp.int32)
+        return decode.logits(self._weights, tokens_BT, real_BT, config=self.config, execution=self._execution)
+
+    @overload
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = ..., **settings: Any) -> list[str]: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = ..., **settings: Any
+    ) -> list[list[int]]: ...
+    def generate(
+        self,
+        prompts: Any,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        stop_at_eos: bool = True,
+    ) -> Any:
+        """Continues each prompt.
+
+        Args:
+          prompts: strings, or lists of token ids. A string gets the tokenizer's BOS in front; ids are taken as they are.
+          max_new_tokens: at most so many for each.
+          temperature: 0 for the likeliest token always.
+          top_p, top_k, min_p: leave out unlikely tokens; see SamplingConfig.
+          repetition_penalty: above 1, makes tokens of the text so far less likely.
+          seed: decides what is drawn; a row draws the same whatever the other rows are.
+          stop: strings that end a text; they and what follows are cut off. Only with string prompts.
+          stop_at_eos: whether EOS ends a text.
+
+        Returns:
+          For strings the new text alone; for ids the new ids, an EOS that ended them included.
+
+        Raises:
+          InputError: naming the argument.
+        """
+        sampling = SamplingConfig(
+            repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        )
+        if isinstance(prompts, str):
+            raise InputError("prompts", prompts, "a list is needed: [prompt]")
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if texts and len(texts) != len(prompts):
+            raise InputError("prompts", "strings and ids", "all of one kind")
+        if not len(prompts):
+            return []
+        if not texts:
+            if stop:
+                raise InputError("stop", list(stop), "needs prompts that are strings")
+            ids = [[int(token) for token in prompt] for prompt in prompts]
+            *_, state = self._states(ids, max_new_tokens, sampling, seed, stop_at_eos)
+            return generate.outputs(state)
+        *_, last = self.stream(texts, max_new_tokens, sampling, seed, stop, stop_at_eos)
+        return last
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        stop_at_eos: bool = True,
+    ) -> Iterator[list[str]]:
+        """Like `generate` for strings; yields each text so far as it grows, and last the finished ones."""
+        if self.tokenizer is None:
+            raise InputError("prompts", "strings", "this model has no tokenizer; give token ids")
+        if any(not each for each in stop):
+            raise InputError("stop", list(stop), "an empty string would stop at once")
+        ids = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        texts = [_Text(self.tokenizer, prompt, stop) for prompt in ids]
+        for state in self._states(ids, max_new_tokens, sampling, seed, stop_at_eos, STEPS_A_CALL):
+            for text, row in zip(texts, generate.outputs(state), strict=True):
+                text.grow(row)
+            yield [text.shown for text in texts]
+            if all(text.stopped for text in texts):
+                break
+        yield [text.finish() for text in texts]
+
+    def _states(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int,
+        stop_at_eos: bool,
+        steps_a_call: int | None = None,
+    ) -> Iterator[decode.DecodeState]:
+        eos = (self.tokenizer.eos_id if self.tokenizer else 2,) if stop_at_eos else ()
+        return generate.generate(
+            self._weights,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            config=self.config,
+            execution=self._execution,
+            seed=seed,
+            stop_ids=eos,
+            steps_a_call=steps_a_call,
+        )
+
+
+class _Text:
+    """One row's text as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str]):
+        self._decoder = StreamDecoder(tokenizer, after=prompt)
+        self._eos = tokenizer.eos_id
+        self._stop = stop
+        self._taken = 0
+        self._text = ""
+        self.stopped = False
+
+    @property
+    def shown(self) -> str:
+        """The text so far, without an end that may yet turn out to be the start of a stop string."""
+        if self.stopped:
+            return self._text
+        held = max((_overlap(self._text, stop) for stop in self._stop), default=0)
+        return self._text[: len(self._text) - held]
+
+    def grow(self, tokens: list[int]) -> None:
+        """Takes in the row's new tokens so far."""
+        for token in tokens[self._taken :]:
+            if not self.stopped and token != self._eos:
+                self._add(self._decoder.feed(token))
+        self._taken = len(tokens)
+
+    def finish(self) -> str:
+        """The whole text."""
+        if not self.stopped:
+            self._add(self._decoder.flush())
+        return self._text
+
+    def _add(self, text: str) -> None:
+        self._text += text
+        found = [place for place in (self._text.find(stop) for stop in self._stop) if place >= 0]
+        if found:
+            self._text, self.stopped = self._text[: min(found)], True
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many last characters of the text are first characters of the stop string."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,143 @@
+"""Chunked attention against dense float64, at every edge of the window, of the chunks and of the segments."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import attention as oracle
+
+from mixtral_jax.model.backends.chunked import attend, cached_attention, self_attention
+from mixtral_jax.model.masks import visible
+
+HEADS = (2, 3, 8)  # K, G, H
+W = 6
+
+
+def _inputs(length, batch=2, seed=0):
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((batch, length, *HEADS))
+    k, v = rng.standard_normal((2, batch, length, HEADS[0], HEADS[2]))
+    return [jnp.asarray(x, jnp.float32) for x in (q, k, v, rng.standard_normal(q.shape))]
+
+
+def _check(length, window, chunk, segment_BT=None):
+    """Value and gradients in float32."""
+    q, k, v, cotangent = _inputs(length)
+
+    @jax.jit
+    def value_and_gradients(q, k, v, cotangent):
+        y, vjp = jax.vjp(lambda *qkv: self_attention(*qkv, segment_BT, window, chunk, "float32"), q, k, v)
+        return y, *vjp(cotangent)
+
+    seen = oracle.mask(np.ones((len(q), length)) if segment_BT is None else segment_BT, window)
+    expected = oracle.attention(q, k, v, seen), *oracle.attention_gradients(q, k, v, seen, cotangent)
+    for actual, exact in zip(value_and_gradients(q, k, v, cotangent), expected, strict=True):
+        np.testing.assert_allclose(actual, exact, atol=5e-6)
+
+
+@pytest.mark.parametrize("window", [1, W - 1, W, W + 1, None])
+@pytest.mark.parametrize("length", [1, W - 1, W, W + 1, 3 * W])
+def test_unrolled_with_chunks_of_4(length, window):
+    _check(length, window, chunk=4)
+
+
+@pytest.mark.parametrize("chunk", [1, W - 1, W, W + 1, 2 * W, 100])
+def test_any_chunk(chunk):
+    _check(2 * W, W, chunk)
+
+
+@pytest.mark.parametrize("window", [1, W - 1, W, W + 1, 33, 34, 100, None])
+@pytest.mark.parametrize("length", [34, 37])
+def test_scanned_with_more_than_16_chunks_of_2(length, window):
+    _check(length, window, chunk=2)
+
+
+def test_long_sequences_are_scanned():
+    """The two tests above would show nothing if they took the same path."""
+
+    def scans(length):
+        jaxpr = jax.make_jaxpr(lambda q, k, v: self_attention(q, k, v, None, W, 2, "float32"))(*_inputs(length)[:3])
+        return str(jaxpr).count("scan[")
+
+    assert (scans(32), scans(33)) == (0, 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("window", [3, None])
+def test_segments_and_padding(window, chunk):
+    segment_BT = np.array(
+        [[1] * 5 + [2] + [3] * 11 + [4] * 3, [1] * 2 + [2] * 12 + [0] * 6],
+        np.int32,
+    )
+    _check(20, window, chunk, segment_BT)
+
+
+def test_a_query_that_sees_nothing_is_finite_and_has_no_gradient():
+    q, k, v, cotangent = _inputs(4)
+    seen_BTS = jnp.ones((2, 4, 4), bool).at[0, 2].set(False)
+    y, vjp = jax.vjp(lambda *qkv: attend(*qkv, seen_BTS, "float32"), q, k, v)
+    d_q, *others = vjp(cotangent)
+    chex.assert_tree_all_finite((y, d_q, others))
+    np.testing.assert_array_equal(d_q[0, 2], 0)
+    np.testing.assert_allclose(y[0, 2], jnp.broadcast_to(jnp.mean(v[0], 0)[:, None], y[0, 2].shape), atol=1e-6)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v, _ = _inputs(8)
+    seen = oracle.mask(np.ones((2, 8)), None)
+    y = self_attention(1000 * q, k, v, None, None, 4, "float32")
+    np.testing.assert_allclose(y, oracle.attention(1000 * q, k, v, seen), atol=1e-3)
+
+
+def test_bfloat16_products_are_close():
+    q, k, v, _ = _inputs(12)
+    exact = oracle.attention(q, k, v, oracle.mask(np.ones((2, 12)), W))
+    y = self_attention(q, k, v, None, W, 4, "bfloat16")
+    assert y.dtype == jnp.float32
+    assert 1e-4 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 1e-2
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_cached_attention_goes_by_its_mask(chunk):
+    """Ten queries over twelve slots in no order."""
+    q, *_ = _inputs(10)
+    _, k, v, _ = _inputs(12, seed=1)
+    position_S = np.random.default_rng(2).permutation(12)
+    seen_BTS = visible(jnp.arange(2, 12), jnp.asarray(position_S), W)[None].repeat(2, 0)
+    expected = [[oracle.sees(query, key, W) for key in position_S] for query in range(2, 12)]
+    y = cached_attention(q, k, v, seen_BTS, chunk, "float32")
+    np.testing.assert_allclose(y, oracle.attention(q, k, v, np.array([expected] * 2)), atol=5e-6)
+
+
+@pytest.mark.parametrize(("window", "most"), [(1024, 0.1), (None, 0.25)])
+def test_memory_of_a_training_step_is_far_below_dense(window, most):
+    """T x T scores in float32 are 268 MB here; a chunk has 128 of their 8192 rows."""
+    length = 8192
+
+    def dense(q, k, v):
+        return attend(q, k, v, visible(jnp.arange(length), jnp.arange(length), window)[None], "float32")
+
+    def chunked(q, k, v):
+        return self_attention(q, k, v, None, window, 128, "float32")
+
+    def temporary_bytes(form):
+        shapes = [jax.ShapeDtypeStruct((1, length, *dims, 8), jnp.float32) for dims in ((1, 1), (1,), (1,))]
+        gradients = jax.jit(jax.grad(lambda *qkv: jnp.sum(form(*qkv) ** 2), (0, 1, 2)))
+        return gradients.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(chunked) < most * temporary_bytes(dense)
+
+
+class ShapeTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_attention(self):
+        q, k, v, _ = _inputs(8)
+        seen_BTS = jnp.ones((2, 8, 8), bool)
+        outputs = [
+            self.variant(lambda *qkv: self_attention(*qkv, None, W, 4, "bfloat16"))(q, k, v),
+            self.variant(lambda *inputs: attend(*inputs, "bfloat16"))(q, k, v, seen_BTS),
+            self.variant(lambda *inputs: cached_attention(*inputs, 4, "bfloat16"))(q, k, v, seen_BTS),
+        ]
+        chex.assert_shape(outputs, (2, 8, *HEADS))
+        chex.assert_type(outputs, jnp.float32)

@@ -1,0 +1,73 @@
+"""The grouped product against a loop over experts."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import mixture
+
+from mixtral_jax.config import Execution
+from mixtral_jax.model.backends.ragged import grouped_product, grouped_swiglu
+from mixtral_jax.model.feed_forward import SwiGLU
+
+ROWS, DIM, HIDDEN, EXPERTS = 12, 5, 7, 4
+SIZES = ([3, 3, 3, 3], [0, 5, 0, 7], [12, 0, 0, 0], [2, 0, 4, 1], [0, 0, 0, 0])
+
+
+def _normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def _parts(sizes):
+    """Each expert and its rows."""
+    ends = np.cumsum(sizes)
+    return [(expert, slice(end - size, end)) for expert, (end, size) in enumerate(zip(ends, sizes, strict=True))]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_values_and_gradients(sizes, dtype, tolerance):
+    x, w, dy = _normal(ROWS, DIM), _normal(EXPERTS, DIM, HIDDEN, seed=1), _normal(ROWS, HIDDEN, seed=2)
+    y, vjp = jax.vjp(lambda x, w: grouped_product(x, w, jnp.array(sizes), dtype), x, w)
+    exact = [np.zeros(a.shape) for a in (dy, x, w)]
+    for expert, rows in _parts(sizes):
+        exact[0][rows] = np.float64(x[rows]) @ np.float64(w[expert])
+        exact[1][rows] = np.float64(dy[rows]) @ np.float64(w[expert]).T
+        exact[2][expert] = np.float64(x[rows]).T @ np.float64(dy[rows])
+    for actual, expected in zip((y, *vjp(dy)), exact, strict=True):
+        assert actual.dtype == jnp.float32
+        np.testing.assert_allclose(actual, expected, atol=tolerance * max(1, np.abs(expected).max()))
+
+
+def test_an_expert_without_rows_has_exactly_no_gradient():
+    x, w = _normal(ROWS, DIM), _normal(EXPERTS, DIM, HIDDEN, seed=1)
+    gradient = jax.grad(lambda w: jnp.sum(grouped_product(x, w, jnp.array([5, 0, 7, 0]), "float32") ** 2))(w)
+    np.testing.assert_array_equal(gradient[1], 0)
+    np.testing.assert_array_equal(gradient[3], 0)
+    assert np.all(gradient[0] != 0)
+
+
+@pytest.mark.parametrize("sizes", SIZES[:4], ids=str)
+def test_swiglu(sizes):
+    x = _normal(ROWS, DIM)
+    shapes = ((DIM, HIDDEN), (DIM, HIDDEN), (HIDDEN, DIM))
+    weights = SwiGLU(*(_normal(EXPERTS, *shape, seed=seed) for seed, shape in enumerate(shapes, 1)))
+    expected = np.zeros(x.shape)
+    for expert, rows in _parts(sizes):
+        expected[rows] = mixture.feed_forward(np.float64(x[rows]), *(np.float64(each[expert]) for each in weights))
+    np.testing.assert_allclose(grouped_swiglu(x, weights, jnp.array(sizes), Execution()), expected, atol=2e-5)
+
+
+class ShapeTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_products(self):
+        x, sizes = jnp.ones((ROWS, DIM)), jnp.array(SIZES[0])
+        enter, leave = jnp.ones((EXPERTS, DIM, HIDDEN)), jnp.ones((EXPERTS, HIDDEN, DIM))
+        y = self.variant(lambda *inputs: grouped_product(*inputs, "bfloat16"))(x, enter, sizes)
+        chex.assert_shape(y, (ROWS, HIDDEN))
+        chex.assert_type(y, jnp.float32)
+        execution = Execution(activation_dtype="bfloat16")
+        z = self.variant(lambda *inputs: grouped_swiglu(*inputs, execution))(x, SwiGLU(enter, enter, leave), sizes)
+        chex.assert_shape(z, (ROWS, DIM))
+        chex.assert_type(z, jnp.bfloat16)

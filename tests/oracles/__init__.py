@@ -1,0 +1,1 @@
+"""Independent implementations that the tests compare with: simple, slow, in float64 NumPy unless they say otherwise."""

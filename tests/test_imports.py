@@ -1,0 +1,63 @@
+"""The house: who may import whom, which packages are shipped, and the links that stand for the mapped folders."""
+
+import configparser
+import os
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import grimp
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parent.parent
+MAPPED = ("configs", "sharding", "train")
+
+
+def tree_packages() -> set[str]:
+    """The packages by their imported names: every folder of the four rooms that holds a module."""
+    found = set()
+    for room in ("mixtral_jax", *MAPPED):
+        for module in (ROOT / room).rglob("*.py"):
+            folder = module.parent.relative_to(ROOT)
+            if folder.parts[:1] == ("mixtral_jax",) and folder.parts[1:2] and folder.parts[1] in MAPPED:
+                continue  # seen through a link
+            found.add(".".join(folder.parts if folder.parts[0] == "mixtral_jax" else ("mixtral_jax", *folder.parts)))
+    return found
+
+
+def test_imports_run_one_way(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    status = lint_imports(config_filename="setup.cfg", no_cache=True, no_logo=True)
+    assert status == 0, capsys.readouterr().out
+
+
+def test_no_module_imports_a_cycle():
+    graph = grimp.build_graph("mixtral_jax", cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names the cycle
+
+
+def test_every_package_is_listed_in_setup_cfg():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = setup["options"]["packages"].split()
+    assert listed == sorted(set(listed))
+    assert set(listed) == tree_packages()
+    mapped = {name.replace("mixtral_jax.", "") for name in listed} & set(MAPPED)
+    assert {f"mixtral_jax.{name} = {name}" for name in mapped} == set(
+        setup["options"]["package_dir"].strip().splitlines()
+    )
+
+
+def test_every_package_has_an_init():
+    for package in tree_packages():
+        folder = ROOT.joinpath(*package.split("."))
+        assert (folder / "__init__.py").is_file(), f"{package} has modules but no __init__.py"
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_links_are_relative_and_resolve(name):
+    link = ROOT / "mixtral_jax" / name
+    assert os.readlink(link) == os.path.join("..", name)
+    assert link.resolve() == (ROOT / name).resolve()
+    assert (link / "__init__.py").is_file()

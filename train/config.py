@@ -1,0 +1,150 @@
+"""The config of a training run: its sections, what must fit together, and what may change when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from mixtral_jax import configs
+from mixtral_jax.config import (
+    STRICT,
+    Dispatch,
+    Execution,
+    ModelConfig,
+    build,
+    override,
+    read_toml,
+    require,
+    require_positive,
+    to_table,
+)
+from mixtral_jax.errors import InputError
+from mixtral_jax.model.dispatch import group
+from mixtral_jax.sharding.mesh import MeshConfig
+from mixtral_jax.train.data import DataConfig
+from mixtral_jax.train.losses import LossConfig
+from mixtral_jax.train.optimizer import OptimizerConfig, learning_rate
+
+MAY_CHANGE = (
+    "steps",
+    "validate_every",
+    "save_every",
+    "keep_checkpoints",
+    "log_every",
+    "mesh",
+    "execution",
+    "optimizer.learning_rate",
+    "optimizer.final_fraction",
+    "data.cache_dir",
+    "data.prefetch",
+)
+"""Keys that a resumed run may set anew. All others decide the model or the order of the data."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """A pretraining run."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    steps: int
+    mesh: MeshConfig = MeshConfig()
+    execution: Execution = Execution()
+    dispatch: Dispatch = Dispatch(capacity_factor=1.25)
+    losses: LossConfig = LossConfig()
+    accumulation: int = 1
+    """Micro-batches that a step's batch is taken in."""
+    seed: int = 0
+    """Decides the initial weights."""
+    validate_every: int | None = None
+    """Steps between two validations; unset: only at the end."""
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    """Steps between two lines on the terminal; metrics.jsonl has every step."""
+
+    @model_validator(mode="after")
+    def check(self) -> TrainConfig:
+        counts = ("steps", "accumulation", "validate_every", "save_every", "keep_checkpoints", "log_every")
+        require_positive(self, counts)
+        learning_rate(self.optimizer, self.steps)
+        require(
+            self.data.sequence_length <= self.model.max_position,
+            "data.sequence_length",
+            self.data.sequence_length,
+            f"at most model.max_position = {self.model.max_position}",
+        )
+        require(
+            self.data.batch_size % self.accumulation == 0,
+            "accumulation",
+            self.accumulation,
+            f"must divide data.batch_size = {self.data.batch_size}",
+        )
+        return self
+
+    def check_mesh(self, num_devices: int) -> MeshConfig:
+        """The mesh for so many devices.
+
+        Raises:
+          InputError: the mesh, or the batch, the sequence or a capacity group over it, does not divide.
+        """
+        mesh = self.mesh.resolve(num_devices)
+        rows, shards = self.data.batch_size // self.accumulation, mesh.data * mesh.fsdp * mesh.expert
+        require(
+            rows % shards == 0,
+            "data.batch_size",
+            self.data.batch_size,
+            f"a micro-batch's {rows} rows must be a multiple of mesh data x fsdp x expert = {shards}",
+        )
+        length = self.data.sequence_length
+        require(length % mesh.context == 0, "mesh.context", mesh.context, f"must divide data.sequence_length = {length}")
+        try:
+            group(length // mesh.context, self.dispatch.group_size)
+        except ValueError as error:
+            raise InputError("dispatch.group_size", self.dispatch.group_size, str(error)) from None
+        return mesh
+
+
+def load(name: str | Path, settings: Iterable[str] = ()) -> TrainConfig:
+    """The TrainConfig of a TOML file, or of a shipped one such as `runs/demo`, with `a.b=value` settings applied.
+
+    `model` may be a section, or name a model: a shipped one such as `tiny-mixtral`, or a TOML file beside the config.
+
+    Raises:
+      InputError: naming the key.
+    """
+    settings = list(settings)
+    table = override(read_toml(name), [each for each in settings if each.split("=")[0].strip() == "model"])
+    if isinstance(table.get("model"), str):
+        table["model"] = _model_table(table["model"], configs.find(str(name)).parent)
+    return build(TrainConfig, override(table, [each for each in settings if each.split("=")[0].strip() != "model"]))
+
+
+def _model_table(name: str, folder: Path) -> dict[str, Any]:
+    if name in configs.names("models"):
+        return read_toml(f"models/{name}")
+    beside = folder / name
+    return read_toml(beside if beside.is_file() else name)
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
+    """Raises InputError with every key in which a run's folder and the config to resume it by may not differ, but do."""
+    old, new = flatten(to_table(before)), flatten(to_table(after))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    refused = [key for key in changed if not any(key == may or key.startswith(f"{may}.") for may in MAY_CHANGE)]
+    if refused:
+        differences = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in refused)
+        raise InputError("--run-dir", differences, f"this run goes on with what it began with, but for {MAY_CHANGE}")
