@@ -1,4 +1,4 @@
-"""The distribution: what the wheel and the sdist hold, and that an installed wheel works beside a user's own train.py."""
+"""The distribution: what the wheel and the sdist hold, and an installed wheel at work beside a user's own train.py."""
 
 import os
 import shutil

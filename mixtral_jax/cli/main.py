@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from mixtral_jax.cli import generate, inspect, report, tokenizer, train
@@ -39,14 +38,7 @@ def root(version: bool = typer.Option(False, "--version", callback=_version, is_
 def main() -> None:
     """Runs a verb. Exit status: 0 done, 2 the user's mistake, 143 and 130 after a signal, 1 anything else."""
     try:
-        status = app(standalone_mode=False)
+        app()  # ends the process; typer itself prints a usage error, and exits with 2
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except click.ClickException as error:
-        error.show()
-        status = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
-        status = 130
-    sys.exit(status if isinstance(status, int) else 0)
+        sys.exit(2)

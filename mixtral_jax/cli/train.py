@@ -19,7 +19,7 @@ def train(
         Path | None, typer.Option(help="Where the run lives; one that is there goes on. Default: runs/NAME.")
     ] = None,
     device: platform.Device = None,
-) -> int:
+) -> None:
     """Pretrain a model; started again with the same folder, it goes on where it was."""
     platform.start(device)
     from mixtral_jax.train import config as configs
@@ -33,7 +33,6 @@ def train(
     ending = loop.train(settings, folder, progress)
     if ending.signal is not None:
         progress.say(f"stopped by {ending.signal.name}, saved at step {ending.step}; the same command goes on from there")
-        return 128 + ending.signal
+        raise typer.Exit(128 + ending.signal)
     for path in report.write_report(folder):
         progress.say(f"wrote {path}")
-    return 0

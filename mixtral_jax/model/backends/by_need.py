@@ -1,7 +1,7 @@
 """Experts for inference: each expert's weights are arrays of their own, and only those that some token chose are read.
 
-Few tokens go through each chosen expert together, all of them: the weights are what costs. Many are sorted by expert
-and taken a block at a time. Nothing here is differentiated.
+Few tokens go through each chosen expert together, all of them: the weights are what costs. Many are sorted by expert.
+Nothing here is differentiated.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import Execution
+from mixtral_jax.model.backends.ragged import grouped_swiglu
 from mixtral_jax.model.dispatch import combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 
 _FEW = 32
-_BLOCK = 256
 
 
 def by_need(
@@ -35,7 +35,7 @@ def by_need(
     if x_ND.shape[0] <= _FEW:
         return _all_rows(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
     slots, sizes_E = sorted_slots(expert_NA, mask_N, len(experts))
-    return combine(_blocks(spread(x_ND, slots), sizes_E, experts, execution), gate_NA, slots)
+    return combine(grouped_swiglu(spread(x_ND, slots), experts, sizes_E, execution), gate_NA, slots)
 
 
 def _all_rows(
@@ -57,26 +57,3 @@ def _all_rows(
 
         y_ND = jax.lax.cond(wanted_E[index], add, lambda y_ND, _: y_ND, y_ND, gate_NE[:, index])
     return y_ND
-
-
-def _blocks(x_MD: jax.Array, sizes_E: jax.Array, experts: tuple[SwiGLU, ...], execution: Execution) -> jax.Array:
-    """The rows of x, which are in expert order, each through its expert: [M, D] in the activation dtype.
-
-    An expert's last block runs on into rows of the next one, which then writes them again.
-    """
-    num_rows, dim = x_MD.shape
-    x_MD = jnp.pad(x_MD, [(0, _BLOCK), (0, 0)])
-    y_MD = jnp.zeros((num_rows + _BLOCK, dim), execution.activation_dtype)
-    start = jnp.zeros((), jnp.int32)
-    for index, weights in enumerate(experts):
-
-        def block(
-            i: jax.Array, y_MD: jax.Array, start: jax.Array = start, weights: SwiGLU = weights
-        ) -> jax.Array:
-            rows = jax.lax.dynamic_slice_in_dim(x_MD, start + i * _BLOCK, _BLOCK)
-            y_block = swiglu(rows[None], weights, execution)[0]
-            return jax.lax.dynamic_update_slice_in_dim(y_MD, y_block, start + i * _BLOCK, axis=0)
-
-        y_MD = jax.lax.fori_loop(0, -(-sizes_E[index] // _BLOCK), block, y_MD)
-        start = start + sizes_E[index]
-    return y_MD[:num_rows]

@@ -1,0 +1,226 @@
+"""The mixture against a loop over tokens and against one-hot einsums: no drops, drops, padding, empty experts."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from oracles import mixture, tiny
+
+from mixtral_jax.config import Dispatch, Execution, MoEConfig
+from mixtral_jax.model.feed_forward import SwiGLU, swiglu
+from mixtral_jax.model.moe import MoE, apply_experts
+from mixtral_jax.model.routing import route
+from mixtral_jax.sharding.rules import TRAINING
+
+CONFIG = tiny.config("mixtral")
+EXPERTS, BATCH, LENGTH = 4, 3, 12
+DROPLESS = Dispatch()
+AMPLE = Dispatch(capacity_factor=2.0)  # k / E = 1 / 2: every token of a group could choose the same experts
+TIGHT = Dispatch(capacity_factor=0.75)
+DISPATCHES = {
+    "dropless": DROPLESS,
+    "ample": AMPLE,
+    "tight": TIGHT,
+    "tight, groups of 4": Dispatch(capacity_factor=0.75, group_size=4),
+    "tight, by choice": Dispatch(capacity_factor=0.75, priority="choice"),
+}
+
+
+def _params(seed=0):
+    """One layer's."""
+    return jax.tree.map(lambda x: jnp.asarray(x[0]), tiny.params(CONFIG, seed)["layers"]["moe"])
+
+
+def _x(length=LENGTH, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((BATCH, length, CONFIG.dim)), jnp.float32)
+
+
+def _mask():
+    """Padding at the end, in the middle, and none."""
+    mask = np.ones((BATCH, LENGTH), bool)
+    mask[0, 9:], mask[1, 2:4] = False, False
+    return jnp.asarray(mask)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _apply(params, x_BTD, mask_BT, dispatch=DROPLESS, config=CONFIG):
+    return MoE(config, Execution(), dispatch, TRAINING).apply({"params": params}, x_BTD, mask_BT)
+
+
+def _routing(params, x_BTD, choices=2):
+    return route(jnp.einsum("btd,de->bte", x_BTD, params["router"], precision="highest"), choices)
+
+
+def _experts(params):
+    return params["gate"], params["up"], params["down"]
+
+
+def _leaning(params, experts, x_BTD):
+    """Parameters and inputs by which the router sends every token to these experts, the first first."""
+    lean_E = jnp.zeros(EXPERTS)
+    for rank, expert in enumerate(experts):
+        lean_E = lean_E.at[expert].set(40.0 - rank)
+    return params | {"router": params["router"].at[0].set(lean_E)}, x_BTD.at[..., 0].set(1.0)
+
+
+@pytest.mark.parametrize("name", DISPATCHES)
+def test_equals_a_loop_over_tokens(name):
+    params, x, mask, dispatch = _params(), _x(), _mask(), DISPATCHES[name]
+    y, stats = _apply(params, x, mask, dispatch)
+    expert, gate = mixture.route(np.einsum("btd,de->bte", np.float64(x), np.float64(params["router"])), 2)
+    kept = mixture.served(expert, np.asarray(mask), EXPERTS, dispatch)
+    np.testing.assert_allclose(y, mixture.mixture(x, expert, gate, kept, _experts(params)), atol=1e-5)
+    np.testing.assert_array_equal(y[~mask], 0)
+    dropped = (~kept & np.asarray(mask)[..., None]).sum()
+    assert stats.dropped == dropped
+    assert (dropped > 0) == name.startswith("tight")
+
+
+@pytest.mark.parametrize("dispatch", [DROPLESS, AMPLE], ids=["dropless", "ample"])
+def test_equal_experts_are_a_dense_layer(dispatch):
+    params = _params()
+    weights = SwiGLU(*(w[:1] for w in _experts(params)))
+    equal = params | {name: jnp.repeat(w, EXPERTS, 0) for name, w in weights._asdict().items()}
+    y, _ = _apply(equal, _x(), jnp.ones((BATCH, LENGTH), bool), dispatch)
+    np.testing.assert_allclose(y, swiglu(_x(), SwiGLU(*(w[0] for w in weights)), Execution()), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DISPATCHES)
+def test_values_and_gradients_equal_one_hot_einsums(name):
+    """Gradients of the router, through the gates, of the experts and of x."""
+    dispatch, mask = DISPATCHES[name], _mask()
+    cotangent = _x(seed=2)
+    kept = mixture.served(np.asarray(_routing(_params(), _x()).expert_BTA), np.asarray(mask), EXPERTS, dispatch)
+
+    def gathered(params, x):
+        return jnp.sum(_apply(params, x, mask, dispatch)[0] * cotangent)
+
+    def einsums(params, x):
+        routing = _routing(params, x)
+        y = mixture.einsum_mixture(x, routing.expert_BTA, routing.gate_BTA, kept, _experts(params), BATCH * LENGTH)
+        return jnp.sum(y * cotangent)
+
+    actual, expected = (jax.value_and_grad(form, (0, 1))(_params(), _x()) for form in (gathered, einsums))
+    chex.assert_trees_all_close(actual, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_an_expert_without_tokens_has_exactly_no_gradient():
+    params, x = _leaning(_params(), [2, 0], _x())
+    mask = jnp.ones((BATCH, LENGTH), bool)
+    for dispatch in (DROPLESS, AMPLE, TIGHT):
+        gradients = jax.grad(lambda p, dispatch=dispatch: jnp.sum(_apply(p, x, mask, dispatch)[0] ** 2))(params)
+        for name in ("gate", "up", "down"):
+            np.testing.assert_array_equal(gradients[name][np.array([1, 3])], 0)
+            assert np.all(np.any(gradients[name][np.array([0, 2])] != 0, axis=(1, 2)))
+
+
+@pytest.mark.parametrize(("dispatch", "served"), [(DROPLESS, 12), (AMPLE, 6), (Dispatch(capacity_factor=4.0), 12)])
+def test_all_tokens_to_one_expert(dispatch, served):
+    """k = 1 of 4, 12 tokens a sequence: a capacity factor of 2 gives an expert ceil(2 * 12 / 4) = 6 places."""
+    config = tiny.config("mixtral", moe=MoEConfig(num_experts=EXPERTS, experts_per_token=1))
+    params, x = _leaning(_params(), [3], _x())
+    y, stats = _apply(params, x, jnp.ones((BATCH, LENGTH), bool), dispatch, config)
+    dense = swiglu(x, SwiGLU(*(w[3] for w in _experts(params))), Execution())
+    np.testing.assert_allclose(y[:, :served], dense[:, :served], atol=1e-5)
+    np.testing.assert_array_equal(y[:, served:], 0)
+    np.testing.assert_array_equal(stats.assigned_E, [0, 0, 0, BATCH * LENGTH])
+    assert stats.dropped == BATCH * (LENGTH - served)
+
+
+def test_drops_by_hand():
+    """All 12 tokens want experts 2 then 0; C = ceil(0.75 * 2 * 12 / 4) = 5, by either priority tokens 0 to 4 get both."""
+    params, x = _leaning(_params(), [2, 0], _x())
+    mask = jnp.ones((BATCH, LENGTH), bool)
+    exact, _ = _apply(params, x, mask)
+    for dispatch in (TIGHT, DISPATCHES["tight, by choice"]):
+        y, stats = _apply(params, x, mask, dispatch)
+        np.testing.assert_allclose(y[:, :5], exact[:, :5], atol=1e-6)
+        np.testing.assert_array_equal(y[:, 5:], 0)
+        assert stats.dropped == BATCH * 2 * 7
+
+
+@pytest.mark.parametrize("name", DISPATCHES)
+def test_padding_at_the_end_changes_nothing(name):
+    """Ten tokens, and the same with two of padding; a group of 4 then has two tokens of padding or is two short."""
+    if name == "tight, groups of 4":
+        pytest.skip("ten tokens are no whole number of groups")
+    dispatch, mask = DISPATCHES[name], jnp.arange(LENGTH)[None].repeat(BATCH, 0) < 10
+
+    def run(params, x, mask):
+        def loss(params, x):
+            y, stats = _apply(params, x, mask, dispatch)
+            return jnp.sum(y[:, :10] ** 2) + stats.balance_loss + stats.z_loss, (y[:, :10], stats)
+
+        gradients, aux = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+        return aux, gradients[0], gradients[1][:, :10]
+
+    padded = run(_params(), _x(), mask)
+    chex.assert_trees_all_close(padded, run(_params(), _x()[:, :10], mask[:, :10]), rtol=1e-5, atol=1e-5)
+    other_padding = run(_params(), jnp.where(mask[..., None], _x(), 100.0), mask)
+    chex.assert_trees_all_close(padded, other_padding, rtol=1e-6, atol=1e-6)
+
+
+def _changed_before(dispatch, at):
+    """Whether changing tokens from `at` on changes an earlier token's output."""
+    params, x = _leaning(_params(), [], _x())
+    mask = jnp.ones((BATCH, LENGTH), bool)
+    other = x.at[:, at:].set(_x(seed=7)[:, at:])
+    before, after = (_apply(params, each, mask, dispatch)[0] for each in (x, other))
+    assert np.any(before[:, at:] != after[:, at:])
+    return bool(np.any(before[:, :at] != after[:, :at]))
+
+
+@pytest.mark.parametrize("at", range(1, LENGTH))
+def test_priority_by_position_is_causal_in_spite_of_drops(at):
+    assert not _changed_before(TIGHT, at)
+
+
+def test_priority_by_choice_is_not_causal():
+    """Or the test above would show nothing: a later token's first choice takes the place of an earlier one's second."""
+    assert any(_changed_before(DISPATCHES["tight, by choice"], at) for at in range(1, LENGTH))
+
+
+@pytest.mark.parametrize("dispatch", [DROPLESS, TIGHT], ids=["dropless", "tight"])
+def test_a_row_does_not_depend_on_the_others(dispatch):
+    mask = jnp.ones((BATCH, LENGTH), bool)
+    others = _x(seed=5).at[0].set(_x()[0])
+    np.testing.assert_array_equal(
+        _apply(_params(), _x(), mask, dispatch)[0][0], _apply(_params(), others, mask, dispatch)[0][0]
+    )
+
+
+@pytest.mark.parametrize("dispatch", [DROPLESS, TIGHT], ids=["dropless", "tight"])
+def test_bfloat16_is_close(dispatch):
+    execution = Execution(activation_dtype="bfloat16", product_dtype="bfloat16")
+    routing, mask = _routing(_params(), _x()), jnp.ones((BATCH, LENGTH), bool)
+    served = partial(apply_experts, num_experts=EXPERTS, dispatch=dispatch)
+    inputs = _x(), routing.expert_BTA, routing.gate_BTA, mask, SwiGLU(*_experts(_params()))
+    (exact, kept), (close, kept_too) = (served(*inputs, execution=e) for e in (Execution(), execution))
+    np.testing.assert_array_equal(kept, kept_too)
+    assert 1e-4 < np.linalg.norm(close - exact) / np.linalg.norm(exact) < 2e-2
+
+
+class ShapeTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(dispatch=(DROPLESS, TIGHT), dtype=("float32", "bfloat16"))
+    def test_mixture(self, dispatch, dtype):
+        layer = MoE(CONFIG, Execution(activation_dtype=dtype), dispatch, TRAINING)
+        x, mask = _x().astype(dtype), _mask()
+        (y, stats), variables = self.variant(layer.init_with_output)(jax.random.key(0), x, mask)
+        chex.assert_equal_shape([x, y])
+        chex.assert_type(y, dtype)
+        chex.assert_shape(stats.assigned_E, (EXPERTS,))
+        shapes = {name: leaf.value.shape for name, leaf in variables["params"].items()}
+        assert shapes == {"router": (16, 4), "gate": (4, 16, 24), "up": (4, 16, 24), "down": (4, 24, 16)}
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_apply_experts(self):
+        routing = _routing(_params(), _x())
+        serve = partial(apply_experts, num_experts=EXPERTS, dispatch=TIGHT, execution=Execution())
+        y, kept = self.variant(serve)(_x(), routing.expert_BTA, routing.gate_BTA, _mask(), SwiGLU(*_experts(_params())))
+        chex.assert_shape([y, kept], [(BATCH, LENGTH, 16), (BATCH, LENGTH, 2)])
+        chex.assert_type([y, kept], [float, bool])
