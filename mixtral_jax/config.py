@@ -141,7 +141,7 @@ def build(cls: type[ConfigType], table: Mapping[str, Any], prefix: str = "") -> 
       InputError: naming each key that is unknown, missing, of a wrong type or out of bounds.
     """
     try:
-        # JSON, since strict mode takes a list for a tuple only from there. TOML's dates become strings: no field is one.
+        # JSON, since strict mode takes a list for a tuple only there. TOML's dates become strings: no field is one.
         return TypeAdapter(cls).validate_json(json.dumps(table, default=str))
     except ValidationError as error:
         raise _explain(cls, error, prefix) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -98,12 +98,6 @@ class Model:
         tokens_BT = jnp.asarray(tokens, jnp.int32)
         return decode.logits(self._weights, tokens_BT, real_BT, config=self.config, execution=self._execution)
 
-    @overload
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = ..., **settings: Any) -> list[str]: ...
-    @overload
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = ..., **settings: Any
-    ) -> list[list[int]]: ...
     def generate(
         self,
         prompts: Any,
@@ -120,7 +114,7 @@ class Model:
         """Continues each prompt.
 
         Args:
-          prompts: strings, or lists of token ids. A string gets the tokenizer's BOS in front; ids are taken as they are.
+          prompts: strings, or lists of token ids. A string gets the tokenizer's BOS in front; ids are taken as given.
           max_new_tokens: at most so many for each.
           temperature: 0 for the likeliest token always.
           top_p, top_k, min_p: leave out unlikely tokens; see SamplingConfig.

@@ -55,7 +55,7 @@ class MeshConfig:
             sizes = ", ".join(f"{axis}={self.size(axis)}" for axis in MESH_AXES if self.size(axis) != 1)
             need = "a divisor of" if free else "exactly"
             raise InputError("mesh", sizes or "data=1", f"the axes' product must be {need} the {num_devices} devices")
-        return replace(self, **{axis: num_devices // given for axis in free})
+        return replace(self, **dict.fromkeys(free, num_devices // given))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -61,9 +61,7 @@ def named_shardings(mesh: Mesh, abstract: Any, rules: Rules) -> Any:
 def check_divisible(abstract: Any, specs: Any, axis_sizes: Mapping[str, int]) -> None:
     """Raises InputError with every dimension of every leaf that its mesh axes do not divide."""
     problems = []
-    for (path, leaf), spec in zip(
-        jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(specs), strict=True
-    ):
+    for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(specs), strict=True):
         for dimension, (size, axes) in enumerate(zip(leaf.shape, spec, strict=False)):
             parts = math.prod(axis_sizes[axis] for axis in _as_tuple(axes))
             if size % parts:

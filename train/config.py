@@ -102,7 +102,9 @@ class TrainConfig:
             f"a micro-batch's {rows} rows must be a multiple of mesh data x fsdp x expert = {shards}",
         )
         length = self.data.sequence_length
-        require(length % mesh.context == 0, "mesh.context", mesh.context, f"must divide data.sequence_length = {length}")
+        require(
+            length % mesh.context == 0, "mesh.context", mesh.context, f"must divide data.sequence_length = {length}"
+        )
         try:
             group(length // mesh.context, self.dispatch.group_size)
         except ValueError as error:
@@ -141,7 +143,7 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
-    """Raises InputError with every key in which a run's folder and the config to resume it by may not differ, but do."""
+    """Raises InputError with every key that a run's folder and the config to resume it by may not differ in, but do."""
     old, new = flatten(to_table(before)), flatten(to_table(after))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     refused = [key for key in changed if not any(key == may or key.startswith(f"{may}.") for may in MAY_CHANGE)]

@@ -32,7 +32,6 @@ from mixtral_jax.train.step import make_step
 from mixtral_jax.train.token_index import unigram_entropy
 from mixtral_jax.train.validation import Validation, make_validation, validate
 
-
 MOST_SKIPPED = 5
 """Steps in a row that are skipped for want of a finite loss or gradient before the run gives up."""
 

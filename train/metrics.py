@@ -32,8 +32,8 @@ class MetricsLog:
     def __init__(self, folder: Path, first_step: int):
         for name in (METRICS, ROUTING, VALIDATION):
             _forget(folder / name, first_step)
-        self._metrics = open(folder / METRICS, "a", buffering=1, encoding="utf-8")
-        self._routing = open(folder / ROUTING, "a", buffering=1, encoding="utf-8")
+        self._metrics = open(folder / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._routing = open(folder / ROUTING, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, values: dict[str, Any]) -> dict[str, Any]:

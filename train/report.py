@@ -73,8 +73,7 @@ def _expert_load(routing: list[dict[str, Any]]) -> Figure:
     load_LES = np.moveaxis(np.array([each["load"] for each in routing]), 0, -1)
     layers, experts, _ = load_LES.shape
     figure = Figure(figsize=(9, 1.2 + 1.1 * layers), layout="constrained")
-    axes_L = np.atleast_1d(figure.subplots(layers, 1, sharex=True))
-    image = None
+    axes_L = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
     for layer, axes in enumerate(axes_L):
         extent = (steps[0], max(steps[-1], steps[0] + 1), experts - 0.5, -0.5)
         # The colour's middle is a balanced load; the scale is that of the ratio.

@@ -39,7 +39,7 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / _LOCK, "w", encoding="utf-8")
+            self._lock = open(path / _LOCK, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise InputError("--run-dir", str(path), f"{error.strerror}; a writable folder is needed") from None
         try:

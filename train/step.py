@@ -1,4 +1,4 @@
-"""One step of training: loss, gradients over micro-batches, guard, update. Pure: state and batch to state and metrics."""
+"""One step of training: loss, gradients over micro-batches, guard, update. A pure function of state and batch."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def compute_losses(model: Transformer, losses: LossConfig, params: Any, batch: B
     return Sums(nats / total.weight, balance, z, routing)
 
 
-def gradients(
-    model: Transformer, losses: LossConfig, params: Any, batch: Batch, accumulation: int
-) -> tuple[Any, Sums]:
+def gradients(model: Transformer, losses: LossConfig, params: Any, batch: Batch, accumulation: int) -> tuple[Any, Sums]:
     """The gradient of loss + balance + z over a batch, taken in micro-batches of every accumulation-th row."""
     total = totals(batch)
 

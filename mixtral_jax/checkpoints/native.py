@@ -1,8 +1,8 @@
 """The layout of a training run's folder and of its checkpoints, written by Orbax, whose commits are atomic.
 
-    config.toml        the resolved config; its section `model` is the ModelConfig
-    tokenizer.model
-    checkpoints/STEP/  params and optimizer, an item each, so that inference reads the weights alone
+config.toml        the resolved config; its section `model` is the ModelConfig
+tokenizer.model
+checkpoints/STEP/  params and optimizer, an item each, so that inference reads the weights alone
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def read_params(folder: Path, config: ModelConfig, step: int | None = None) -> t
     """
     with open_manager(folder) as manager:
         found = sorted(manager.all_steps())
-        step = found[-1] if step is None and found else step
-        if step not in found:
+        wanted = found[-1] if step is None and found else step
+        if wanted is None or wanted not in found:
             raise InputError(str(folder), step, f"no checkpoint; saved steps: {found or 'none'}")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
@@ -64,4 +64,4 @@ def read_params(folder: Path, config: ModelConfig, step: int | None = None) -> t
             nn.unbox(abstract_params(config)),
         )
         items = ocp.args.Composite(**{PARAMS: ocp.args.StandardRestore(target)})
-        return manager.restore(step, args=items)[PARAMS], step
+        return manager.restore(wanted, args=items)[PARAMS], wanted

@@ -13,7 +13,8 @@ from mixtral_jax.cli import platform
 def train(
     config: Annotated[str, typer.Argument(help="A TOML file, or a shipped config such as runs/demo.")],
     set_: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key, such as optimizer.warmup_steps=10.")
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key, such as optimizer.warmup_steps=10."),
     ] = [],  # noqa: B006
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the run lives; one that is there goes on. Default: runs/NAME.")
@@ -32,7 +33,9 @@ def train(
     progress.say(f"run folder: {folder}")
     ending = loop.train(settings, folder, progress)
     if ending.signal is not None:
-        progress.say(f"stopped by {ending.signal.name}, saved at step {ending.step}; the same command goes on from there")
+        progress.say(
+            f"stopped by {ending.signal.name}, saved at step {ending.step}; the same command goes on from there"
+        )
         raise typer.Exit(128 + ending.signal)
     for path in report.write_report(folder):
         progress.say(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""The jitted parts of inference: a forward pass over prepared weights, prefill a chunk at a time, and the decode loop."""
+"""The jitted parts of inference: a forward pass over prepared weights, prefill in chunks, and the decode loop."""
 
 from __future__ import annotations
 

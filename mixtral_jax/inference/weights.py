@@ -46,9 +46,7 @@ def prepare(params: Any, config: ModelConfig, execution: Execution) -> Prepared:
         embedding_VD=jnp.asarray(params["embedding"], execution.product_dtype),
         layers=tuple(layers),
         norm=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params["norm"]),
-        unembedding_DV=None
-        if config.tie_embeddings
-        else jnp.asarray(params["unembedding"], execution.product_dtype),
+        unembedding_DV=None if config.tie_embeddings else jnp.asarray(params["unembedding"], execution.product_dtype),
     )
 
 

@@ -61,9 +61,7 @@ class Attention(nn.Module):
         mixed_BTNH = mixed.astype(execution.activation_dtype).reshape(q_BTNH.shape)
         shape = (config.num_heads, config.head_dim, config.dim)
         output_NHD = weight(self, "output", shape, ("heads", "head_dim", "embed"), self.rules)
-        y_BTD = einsum(
-            "BTNH,NHD->BTD", mixed_BTNH, output_NHD, dtype=dtype, result_dtype=execution.activation_dtype
-        )
+        y_BTD = einsum("BTNH,NHD->BTD", mixed_BTNH, output_NHD, dtype=dtype, result_dtype=execution.activation_dtype)
         return y_BTD, cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -69,9 +69,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: str) -> Cach
     return Cache(layers, jnp.full((batch, slots), EMPTY, jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
-def view(
-    cache: Cache, real_BT: jax.Array, window: int | None, fresh: bool = False
-) -> tuple[View, Cache, jax.Array]:
+def view(cache: Cache, real_BT: jax.Array, window: int | None, fresh: bool = False) -> tuple[View, Cache, jax.Array]:
     """Finds places for a chunk of tokens, the real ones at the front of each row.
 
     Args:

@@ -1,7 +1,7 @@
 """Moves tokens to their experts and back, by gathers in both directions of differentiation.
 
-Slots stand in expert order. By capacity, each expert has G * C of them, C for each of G groups of tokens; dropless, just as
-many as tokens chose it. With tokens choosing experts [[0, 1], [0, 2], [0, 1]], E = 3, one group and C = 2:
+Slots stand in expert order. By capacity, each expert has G * C of them, C for each of G groups of tokens; dropless,
+just as many as tokens chose it. With tokens choosing experts [[0, 1], [0, 2], [0, 1]], E = 3, one group and C = 2:
 
     slot        0     1     2     3     4     5
     expert      0     0     1     1     2     2
@@ -156,5 +156,3 @@ def group(length: int, group_size: int) -> int:
     allowed = f"must divide the {length} tokens of a sequence (of one shard)"
     require(length % size == 0, "group_size", group_size, allowed)
     return size
-
-

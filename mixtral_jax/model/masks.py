@@ -16,7 +16,6 @@ Each kernel spells this in its own way; each is tested against this function.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 
 def visible(

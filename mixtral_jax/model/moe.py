@@ -42,8 +42,8 @@ def apply_experts(
     """Each token through its chosen experts: the gates' sum of their results.
 
     Args:
-      weights: of all experts, or of one of `shards` equal parts of them, on a mesh axis named `expert`; or each expert's
-        apart, as inference prepares them.
+      weights: of all experts, or of one of `shards` equal parts of them, on a mesh axis named `expert`; or each
+        expert's apart, as inference prepares them.
 
     Returns:
       float32 [B, T, D], and bool [B, T, A]: whether the choice was served.

@@ -55,8 +55,9 @@ def route(logits_BTE: jax.Array, experts_per_token: int) -> Routing:
 def balance_loss(routing: Routing, mask_BT: jax.Array) -> jax.Array:
     """The Switch formula in each sequence: E * sum over experts of (share of choices) * (mean probability).
 
-    Balanced routing gives k, the number of experts a token; all tokens on the same k experts up to E. It is a sequence's
-    own, so its gradient does not depend on what else is in the batch (Switch paper, equation 4, a sequence at a time).
+    Balanced routing gives k, the number of experts a token; all tokens on the same k experts up to E. It is a
+    sequence's own, so its gradient does not depend on what else is in the batch (Switch paper, equation 4, a sequence
+    at a time).
 
     Args:
       mask_BT: bool, True for real tokens.

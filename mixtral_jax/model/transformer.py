@@ -104,8 +104,8 @@ class Transformer(nn.Module):
 
         Args:
           tokens_BT: integers below the vocabulary's size.
-          segment_BT: int32, the document of each token, 0 for padding; documents don't see each other. None: each row is
-            one document without padding.
+          segment_BT: int32, the document of each token, 0 for padding; documents don't see each other. None: each row
+            is one document without padding.
           position_BT: int32, each token's position in its document; None: its place in the row.
         """
         hidden_BTD, routing = self.hidden(tokens_BT, segment_BT, position_BT)

@@ -61,10 +61,9 @@ def _experts(params):
 
 def _leaning(params, experts, x_BTD):
     """Parameters and inputs by which the router sends every token to these experts, the first first."""
-    lean_E = jnp.zeros(EXPERTS)
-    for rank, expert in enumerate(experts):
-        lean_E = lean_E.at[expert].set(40.0 - rank)
-    return params | {"router": params["router"].at[0].set(lean_E)}, x_BTD.at[..., 0].set(1.0)
+    router_DE = np.zeros((CONFIG.dim, EXPERTS), np.float32)
+    router_DE[0, experts] = 40.0 - np.arange(len(experts))
+    return params | {"router": jnp.asarray(router_DE)}, x_BTD.at[..., 0].set(1.0)
 
 
 @pytest.mark.parametrize("name", DISPATCHES)
@@ -104,7 +103,7 @@ def test_values_and_gradients_equal_one_hot_einsums(name):
         y = mixture.einsum_mixture(x, routing.expert_BTA, routing.gate_BTA, kept, _experts(params), BATCH * LENGTH)
         return jnp.sum(y * cotangent)
 
-    actual, expected = (jax.value_and_grad(form, (0, 1))(_params(), _x()) for form in (gathered, einsums))
+    actual, expected = (jax.jit(jax.value_and_grad(form, (0, 1)))(_params(), _x()) for form in (gathered, einsums))
     chex.assert_trees_all_close(actual, expected, atol=2e-5, rtol=1e-5)
 
 
@@ -112,7 +111,7 @@ def test_an_expert_without_tokens_has_exactly_no_gradient():
     params, x = _leaning(_params(), [2, 0], _x())
     mask = jnp.ones((BATCH, LENGTH), bool)
     for dispatch in (DROPLESS, AMPLE, TIGHT):
-        gradients = jax.grad(lambda p, dispatch=dispatch: jnp.sum(_apply(p, x, mask, dispatch)[0] ** 2))(params)
+        gradients = jax.jit(jax.grad(lambda p, d=dispatch: jnp.sum(_apply(p, x, mask, d)[0] ** 2)))(params)
         for name in ("gate", "up", "down"):
             np.testing.assert_array_equal(gradients[name][np.array([1, 3])], 0)
             assert np.all(np.any(gradients[name][np.array([0, 2])] != 0, axis=(1, 2)))
@@ -132,7 +131,7 @@ def test_all_tokens_to_one_expert(dispatch, served):
 
 
 def test_drops_by_hand():
-    """All 12 tokens want experts 2 then 0; C = ceil(0.75 * 2 * 12 / 4) = 5, by either priority tokens 0 to 4 get both."""
+    """All 12 tokens want experts 2 and 0; C = ceil(0.75 * 2 * 12 / 4) = 5: tokens 0 to 4 get both by either priority."""
     params, x = _leaning(_params(), [2, 0], _x())
     mask = jnp.ones((BATCH, LENGTH), bool)
     exact, _ = _apply(params, x, mask)
@@ -143,13 +142,12 @@ def test_drops_by_hand():
         assert stats.dropped == BATCH * 2 * 7
 
 
-@pytest.mark.parametrize("name", DISPATCHES)
+@pytest.mark.parametrize("name", ["dropless", "tight"])
 def test_padding_at_the_end_changes_nothing(name):
-    """Ten tokens, and the same with two of padding; a group of 4 then has two tokens of padding or is two short."""
-    if name == "tight, groups of 4":
-        pytest.skip("ten tokens are no whole number of groups")
+    """Ten tokens, and the same with two of padding."""
     dispatch, mask = DISPATCHES[name], jnp.arange(LENGTH)[None].repeat(BATCH, 0) < 10
 
+    @jax.jit
     def run(params, x, mask):
         def loss(params, x):
             y, stats = _apply(params, x, mask, dispatch)
@@ -166,10 +164,10 @@ def test_padding_at_the_end_changes_nothing(name):
 
 def _changed_before(dispatch, at):
     """Whether changing tokens from `at` on changes an earlier token's output."""
-    params, x = _leaning(_params(), [], _x())
     mask = jnp.ones((BATCH, LENGTH), bool)
-    other = x.at[:, at:].set(_x(seed=7)[:, at:])
-    before, after = (_apply(params, each, mask, dispatch)[0] for each in (x, other))
+    x, other = (np.array(_x(seed=seed)) for seed in (1, 7))
+    other[:, :at] = x[:, :at]
+    before, after = (np.asarray(_apply(_params(), each, mask, dispatch)[0]) for each in (x, other))
     assert np.any(before[:, at:] != after[:, at:])
     return bool(np.any(before[:, :at] != after[:, :at]))
 
@@ -197,23 +195,26 @@ def test_a_row_does_not_depend_on_the_others(dispatch):
 def test_bfloat16_is_close(dispatch):
     execution = Execution(activation_dtype="bfloat16", product_dtype="bfloat16")
     routing, mask = _routing(_params(), _x()), jnp.ones((BATCH, LENGTH), bool)
-    served = partial(apply_experts, num_experts=EXPERTS, dispatch=dispatch)
     inputs = _x(), routing.expert_BTA, routing.gate_BTA, mask, SwiGLU(*_experts(_params()))
-    (exact, kept), (close, kept_too) = (served(*inputs, execution=e) for e in (Execution(), execution))
+    (exact, kept), (close, kept_too) = (
+        jax.jit(partial(apply_experts, num_experts=EXPERTS, dispatch=dispatch, execution=e))(*inputs)
+        for e in (Execution(), execution)
+    )
     np.testing.assert_array_equal(kept, kept_too)
     assert 1e-4 < np.linalg.norm(close - exact) / np.linalg.norm(exact) < 2e-2
 
 
 class ShapeTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.product(dispatch=(DROPLESS, TIGHT), dtype=("float32", "bfloat16"))
+    @parameterized.parameters((DROPLESS, "float32"), (TIGHT, "bfloat16"))
     def test_mixture(self, dispatch, dtype):
         layer = MoE(CONFIG, Execution(activation_dtype=dtype), dispatch, TRAINING)
         x, mask = _x().astype(dtype), _mask()
-        (y, stats), variables = self.variant(layer.init_with_output)(jax.random.key(0), x, mask)
+        y, stats = self.variant(layer.apply)({"params": _params()}, x, mask)
         chex.assert_equal_shape([x, y])
         chex.assert_type(y, dtype)
         chex.assert_shape(stats.assigned_E, (EXPERTS,))
+        variables = jax.eval_shape(layer.init, jax.random.key(0), x, mask)
         shapes = {name: leaf.value.shape for name, leaf in variables["params"].items()}
         assert shapes == {"router": (16, 4), "gate": (4, 16, 24), "up": (4, 16, 24), "down": (4, 24, 16)}
 

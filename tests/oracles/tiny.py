@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ def config(family: str, **changes: Any) -> ModelConfig:
     return ModelConfig(**(defaults | changes))
 
 
+@cache
 def params(config: ModelConfig, seed: int = 0) -> Any:
     """Random weights by fan-in, so that no layer's share is lost in the residual stream; norm scales near 1."""
     rng = np.random.default_rng(seed)

@@ -69,9 +69,7 @@ def _precision(dtype: str | jnp.dtype) -> jax.lax.Precision | None:
 
 def _ragged_dot(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype: str) -> jax.Array:
     operands = x_MD.astype(dtype), w_EDF.astype(dtype)
-    return jax.lax.ragged_dot(
-        *operands, sizes_E, precision=_precision(dtype), preferred_element_type=jnp.float32
-    )
+    return jax.lax.ragged_dot(*operands, sizes_E, precision=_precision(dtype), preferred_element_type=jnp.float32)
 
 
 def _ragged_weight_gradient(x_MD: jax.Array, gradient_MF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -92,8 +90,9 @@ def _product_in_blocks(x_MD: jax.Array, weights: Experts, sizes_E: jax.Array, dt
     y_MF = jnp.zeros((num_rows + block, weights[0].shape[1]), jnp.float32)
     starts_E = jnp.cumsum(sizes_E) - sizes_E
     for expert in range(sizes_E.shape[0]):
+        own_DF = weights[expert].astype(dtype)
 
-        def multiply(row: jax.Array, y_MF: jax.Array, w_DF: jax.Array = weights[expert].astype(dtype)) -> jax.Array:
+        def multiply(row: jax.Array, y_MF: jax.Array, w_DF: jax.Array = own_DF) -> jax.Array:
             y_block = einsum("MD,DF->MF", jax.lax.dynamic_slice_in_dim(x_MD, row, block), w_DF, dtype=dtype)
             return jax.lax.dynamic_update_slice_in_dim(y_MF, y_block, row, axis=0)
 

@@ -1,0 +1,79 @@
+"""The same work by this project."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixtral_jax.config import Dispatch, Execution, ModelConfig
+from mixtral_jax.inference import generate as generation
+from mixtral_jax.inference.sampling import SamplingConfig
+from mixtral_jax.inference.weights import prepare
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.train.losses import LossConfig
+from mixtral_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from mixtral_jax.train.packing import Batch
+from mixtral_jax.train.state import TrainState
+from mixtral_jax.train.step import make_step
+
+
+def prefill(config: ModelConfig, params: Any, tokens_BT: np.ndarray, dtype: str) -> Callable[[], object]:
+    """A call that takes in the prompts and gives the last token's logits."""
+    execution = Execution(product_dtype=dtype)
+    weights = prepare(params, config, execution)
+    prompts = tokens_BT.tolist()
+
+    def call() -> object:
+        state = generation.start(weights, prompts, 1, SamplingConfig(), 0, (), config, execution)
+        return jax.block_until_ready(state.token_B)
+
+    return call
+
+
+def decode(config: ModelConfig, params: Any, tokens_BT: np.ndarray, steps: int, dtype: str) -> Callable[[], object]:
+    """A call that continues the prompts by so many tokens, greedily."""
+    execution = Execution(product_dtype=dtype)
+    weights = prepare(params, config, execution)
+    prompts = tokens_BT.tolist()
+
+    def call() -> object:
+        *_, state = generation.generate(
+            weights, prompts, max_new_tokens=steps, sampling=SamplingConfig(), config=config, execution=execution
+        )
+        return generation.outputs(state)
+
+    return call
+
+
+def train(
+    config: ModelConfig, params: Any, tokens_BT: np.ndarray, dtype: str, capacity_factor: float | None = 1.25
+) -> Callable[[], object]:
+    """A call that does a training step with AdamW: float32 masters, products in dtype."""
+    model = Transformer(config, Execution(product_dtype=dtype), Dispatch(capacity_factor=capacity_factor))
+    settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
+    optimizer = make_optimizer(settings, 1000)
+    step = jax.jit(make_step(model, LossConfig(), optimizer, learning_rate(settings, 1000)), donate_argnums=0)
+    # The step gives its arguments' memory away: it gets copies.
+    own = jax.tree.map(jnp.copy, params)
+    state = TrainState(jnp.int32(0), own, optimizer.init(own))
+    length = tokens_BT.shape[1]
+    batch = Batch(
+        tokens=tokens_BT,
+        targets=np.roll(tokens_BT, -1, axis=1),
+        segment=np.ones_like(tokens_BT),
+        position=np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BT.shape),
+        loss_weight=np.ones(tokens_BT.shape, np.float32),
+    )
+
+    def call() -> object:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return float(metrics["loss"])
+
+    return call
+
+

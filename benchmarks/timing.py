@@ -1,0 +1,58 @@
+"""Interleaved timing: contenders take turns, so that a machine that slows down slows all of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one benchmark."""
+
+    benchmark: str
+    contender: str
+    unit: str
+    median: float
+    least: float
+    most: float
+    ratio: float
+    """Of the medians, ours over this one's; for a rate, above 1 where we are faster."""
+
+
+def interleave(contenders: dict[str, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each call of each contender, taken in turns; each must return when its work is done."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warm_up + repeats):
+        for name, call in contenders.items():
+            begin = time.perf_counter()
+            call()
+            if turn >= warm_up:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def rates(benchmark: str, unit: str, work: float, seconds: dict[str, list[float]], ours: str) -> list[Row]:
+    """Work a second of each contender, and ours over it."""
+    medians = {name: work / statistics.median(times) for name, times in seconds.items()}
+    return [
+        Row(benchmark, name, unit, medians[name], work / max(times), work / min(times), medians[ours] / medians[name])
+        for name, times in seconds.items()
+    ]
+
+
+def show(rows: list[Row], path: Path | None) -> None:
+    """Prints the rows as a table, and writes them as JSON."""
+    print(f"{'benchmark':<24} {'contender':<34} {'median':>10} {'least':>10} {'most':>10}  {'ours/it':>7}")
+    for row in rows:
+        name = f"{row.benchmark} ({row.unit})"
+        print(
+            f"{name:<24} {row.contender:<34} {row.median:>10,.0f} {row.least:>10,.0f} {row.most:>10,.0f}"
+            f"  {row.ratio:>7.2f}"
+        )
+    if path is not None:
+        path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
