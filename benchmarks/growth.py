@@ -30,7 +30,5 @@ def _attention(length: int, window: int | None):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(1, length, 2, 2, 32), (1, length, 2, 32), (1, length, 2, 32)]
     q, k, v = (jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys, shapes, strict=True))
-    call = jax.jit(
-        partial(self_attention, segment_BT=None, window=window, chunk=512, product_dtype="bfloat16")
-    )
+    call = jax.jit(partial(self_attention, segment_BT=None, window=window, chunk=512, product_dtype="bfloat16"))
     return lambda: jax.block_until_ready(call(q, k, v))

@@ -75,5 +75,3 @@ def train(
         return float(metrics["loss"])
 
     return call
-
-

@@ -8,3 +8,5 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+pytest_plugins = ["toy_run"]

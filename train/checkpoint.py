@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import TracebackType
 
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -12,7 +13,7 @@ from mixtral_jax.train.state import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of a run's folder. Saving goes on in the background; `close` waits for it."""
+    """The checkpoints of a run's folder. Saving goes on in the background; the end of the context waits for it."""
 
     def __init__(self, folder: Path, keep: int):
         self._manager = open_manager(folder, keep)
@@ -40,7 +41,11 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return TrainState(jnp.int32(step), restored[PARAMS], restored[OPTIMIZER])
 
-    def close(self) -> None:
-        """Waits for what is being written, and lets go of the folder."""
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._manager.wait_until_finished()
         self._manager.close()

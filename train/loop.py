@@ -70,13 +70,12 @@ def train(config: TrainConfig, folder: Path, progress: Progress) -> Ending:
       Diverged: see there.
     """
     mesh_config = config.check_mesh(jax.device_count())
-    with RunFolder(folder, config), Signals() as signals:
+    with RunFolder(folder, config), Signals() as signals, Checkpoints(folder, config.keep_checkpoints) as checkpoints:
         progress.start(config, mesh_config, count_parameters(config.model))
         data = prepare(config.data, config.model.vocab_size, progress.reading)
         data.tokenizer.save(folder / TOKENIZER)
         progress.data(data, config)
         mesh = make_mesh(mesh_config)
-        checkpoints = Checkpoints(folder, config.keep_checkpoints)
         state = restore_or_init(config, mesh, checkpoints)
         with jax.set_mesh(mesh), log.MetricsLog(folder, int(state.step)) as metrics:
             run = Run(config, data, _programs(config, mesh), checkpoints, metrics, progress, signals, folder)
@@ -86,7 +85,6 @@ def train(config: TrainConfig, folder: Path, progress: Progress) -> Ending:
                 run.validate(state)
             progress.say("saving")
             checkpoints.save(state)
-            checkpoints.close()
         return Ending(int(state.step), None if finished else signals.received)
 
 

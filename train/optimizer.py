@@ -35,8 +35,10 @@ class OptimizerConfig:
     @model_validator(mode="after")
     def check(self) -> OptimizerConfig:
         require_positive(self, ("learning_rate", "epsilon", "clip_norm"))
-        for name in ("final_fraction", "decay_fraction", "beta1", "beta2"):
+        for name in ("final_fraction", "decay_fraction"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "zero or more and below 1")
         for name in ("warmup_steps", "weight_decay"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
         return self

@@ -34,7 +34,7 @@ def start(device: str | None) -> None:
     if platforms is not None:
         jax.config.update("jax_platforms", platforms)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixtral-jax" / "programs"
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         jax.devices()

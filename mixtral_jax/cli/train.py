@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,11 @@ def train(
     folder = run_dir or Path("runs") / Path(config).stem
     progress = Progress()
     progress.say(f"run folder: {folder}")
-    ending = loop.train(settings, folder, progress)
+    try:
+        ending = loop.train(settings, folder, progress)
+    except loop.Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     if ending.signal is not None:
         progress.say(
             f"stopped by {ending.signal.name}, saved at step {ending.step}; the same command goes on from there"

@@ -19,6 +19,7 @@ from mixtral_jax.model.norm import RMSNorm
 from mixtral_jax.model.parameters import weight
 from mixtral_jax.model.rope import rotation
 from mixtral_jax.model.routing import Statistics
+from mixtral_jax.sharding.mesh import current_mesh
 from mixtral_jax.sharding.partition import constrain, over_tokens
 from mixtral_jax.sharding.rules import TRAINING, Rules
 
@@ -135,7 +136,9 @@ class Transformer(nn.Module):
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
     """Fresh parameters: float32 arrays boxed with the names of their axes."""
-    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    mesh = current_mesh()
+    shards = 1 if mesh is None else mesh.size  # tokens of any layout; the compiler drops what is computed of them
+    return Transformer(config).init(key, jnp.zeros((shards, shards), jnp.int32))["params"]
 
 
 def abstract_params(config: ModelConfig) -> Any:

@@ -131,7 +131,7 @@ def test_all_tokens_to_one_expert(dispatch, served):
 
 
 def test_drops_by_hand():
-    """All 12 tokens want experts 2 and 0; C = ceil(0.75 * 2 * 12 / 4) = 5: tokens 0 to 4 get both by either priority."""
+    """All 12 tokens want experts 2 and 0; C = ceil(0.75 * 2 * 12 / 4) = 5: tokens 0 to 4 get both either way."""
     params, x = _leaning(_params(), [2, 0], _x())
     mask = jnp.ones((BATCH, LENGTH), bool)
     exact, _ = _apply(params, x, mask)

@@ -1,0 +1,118 @@
+"""Sampling worked out by hand, and against transformers' logits processors."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mixtral_jax.errors import InputError
+from mixtral_jax.inference.sampling import SamplingConfig, greedy, keep_likely, penalise, sample
+
+LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]], np.float32))
+
+
+def _kept(**settings):
+    values = SamplingConfig(temperature=1.0, **settings).values
+    return np.isfinite(np.asarray(keep_likely(jnp.asarray(LOGITS), values)))
+
+
+def test_greedy_takes_the_lowest_id_of_equals():
+    np.testing.assert_array_equal(greedy(jnp.array([[1.0, 3.0, 3.0], [2.0, 2.0, 1.0]])), [1, 0])
+
+
+def test_greedy_of_a_row_without_numbers_is_a_token():
+    assert 0 <= int(greedy(jnp.full((1, 4), jnp.nan))[0]) < 4
+
+
+def test_top_k():
+    np.testing.assert_array_equal(_kept(top_k=2), [[1, 1, 0, 0], [0, 0, 1, 1]])
+    assert _kept(top_k=9).all()
+
+
+def test_top_p_keeps_the_token_that_reaches_p():
+    np.testing.assert_array_equal(_kept(top_p=0.7), [[1, 1, 0, 0], [0, 0, 1, 1]])
+    np.testing.assert_array_equal(_kept(top_p=0.4)[0], [1, 0, 0, 0])  # the likeliest always stays
+
+
+def test_min_p():
+    np.testing.assert_array_equal(_kept(min_p=0.25), [[1, 1, 1, 0], [0, 1, 1, 1]])  # 0.25 x 0.5 = 0.125
+
+
+def test_penalise():
+    penalised = penalise(jnp.array([[2.0, -2.0, 2.0]]), jnp.array([[True, True, False]]), jnp.float32(2))
+    np.testing.assert_array_equal(penalised, [[1.0, -4.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 12, "top_p": 0.8, "min_p": 0.05}],
+    ids=lambda settings: "-".join(settings),
+)
+def test_filters_equal_transformers(settings):
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((6, 50)).astype(np.float32) * 2
+    seen = rng.integers(0, 50, (6, 9))
+    config = SamplingConfig(temperature=0.7, repetition_penalty=1.4, **settings)
+    mask = np.zeros(logits.shape, bool)
+    np.put_along_axis(mask, seen, True, axis=1)
+    ours = penalise(jnp.asarray(logits), jnp.asarray(mask), config.values.repetition_penalty) / 0.7
+    ours = keep_likely(ours, config.values)
+    processors = [RepetitionPenaltyLogitsProcessor(1.4), TemperatureLogitsWarper(0.7)]
+    processors += [TopKLogitsWarper(config.top_k)] if config.top_k else []
+    processors += [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+    processors += [MinPLogitsWarper(config.min_p)] if config.min_p else []
+    theirs = torch.from_numpy(logits)
+    for process in processors:
+        theirs = process(torch.from_numpy(seen), theirs)
+    np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs.numpy()))
+    kept = np.isfinite(theirs.numpy())
+    np.testing.assert_allclose(np.asarray(ours)[kept], theirs.numpy()[kept], rtol=1e-5)
+
+
+def test_draws_follow_the_distribution():
+    config = SamplingConfig(temperature=2.0, top_k=3)
+    keys = jax.random.split(jax.random.key(0), 8000)
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS[:1]), (8000, 4))
+    drawn = np.asarray(sample(logits, keys, None, config.form, config.values))
+    roots = np.sqrt([0.5, 0.3, 0.15])  # temperature 2 is a square root
+    expected = np.append(roots / roots.sum(), 0.0)
+    share = np.bincount(drawn, minlength=4) / 8000
+    assert np.abs(share - expected).max() < 4 * np.sqrt(0.25 / 8000)
+    assert share[3] == 0
+
+
+def test_other_numbers_of_a_form_do_not_compile_anew():
+    chex.clear_trace_counter()
+    traced = jax.jit(chex.assert_max_traces(sample, n=1), static_argnums=3)
+    keys = jax.random.split(jax.random.key(0), 2)
+    for temperature, top_p in ((0.5, 0.9), (1.0, 0.4)):
+        config = SamplingConfig(temperature=temperature, top_p=top_p)
+        chex.assert_shape(traced(jnp.asarray(LOGITS), keys, None, config.form, config.values), (2,))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_k", -5),
+        ("top_k", 1.5),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+    ],
+)
+def test_refuses(key, value):
+    with pytest.raises(InputError, match=f"{key} = {value}"):
+        SamplingConfig(**{key: value})

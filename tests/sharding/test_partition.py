@@ -1,0 +1,121 @@
+"""Shardings of whole trees, the one message of what does not divide, and functions on each shard's own tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracles import tiny
+
+from mixtral_jax.errors import InputError
+from mixtral_jax.model.transformer import abstract_params
+from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
+from mixtral_jax.sharding.partition import constrain, named_shardings, over_tokens, use_weight
+from mixtral_jax.sharding.rules import TRAINING
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+
+
+def test_named_shardings(mesh):
+    shardings = named_shardings(mesh, abstract_params(tiny.config("mixtral")), TRAINING)
+    layers = shardings["layers"]
+    assert shardings["embedding"] == NamedSharding(mesh, P(("tensor",), ("fsdp", "expert")))
+    assert layers["moe"]["gate"] == NamedSharding(mesh, P(None, ("expert",), ("fsdp",), ("tensor",)))
+    assert layers["attention"]["key"] == NamedSharding(mesh, P(None, ("fsdp", "expert"), ("tensor",), None))
+    assert layers["attention_norm"]["scale"] == NamedSharding(mesh, P(None, None))
+
+
+def test_leaves_without_names_are_replicated(mesh):
+    assert named_shardings(mesh, {"count": jax.ShapeDtypeStruct((), jnp.int32)}, TRAINING)["count"].spec == P()
+
+
+def test_one_message_names_everything_that_does_not_divide():
+    """Of 4 experts, 4 heads, 2 key-value heads, width 16, 24 hidden, vocabulary 40 over expert = 3 and tensor = 5."""
+    mesh = AbstractMesh((1, 1, 3, 1, 5), ("data", "fsdp", "expert", "context", "tensor"))
+    with pytest.raises(InputError, match=r"^mesh = 'expert=3, tensor=5': the model does not divide") as caught:
+        named_shardings(mesh, abstract_params(tiny.config("mixtral")), TRAINING)
+    lines = str(caught.value).splitlines()[1:]
+    assert "  dimension 1 of layers.moe.gate is 4, not divisible by expert = 3" in lines
+    assert "  dimension 3 of layers.moe.gate is 24, not divisible by tensor = 5" in lines
+    assert "  dimension 2 of layers.attention.key is 2, not divisible by tensor = 5" in lines
+    assert "  dimension 1 of embedding is 16, not divisible by fsdp x expert = 3" in lines
+    attention = 2 * 4  # query, key and value by width and heads; output by heads and width
+    mixture = 1 + 3 * 2  # the router by width; gate, up and down by experts and hidden
+    assert len(lines) == attention + mixture + 2  # and the embeddings by width: 40 divides by 5
+
+
+def test_what_divides_is_accepted():
+    mesh = AbstractMesh((1, 4, 4, 1, 2), ("data", "fsdp", "expert", "context", "tensor"))
+    named_shardings(mesh, abstract_params(tiny.config("mixtral")), TRAINING)
+
+
+def test_constrain(mesh):
+    x = jnp.ones((8, 4, 2))
+    names = ("batch", "length", "activation")
+    assert constrain(x, names, TRAINING) is x
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: constrain(x, names, TRAINING))(x)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp", "expert"))), 3)
+
+
+def test_a_used_weight_is_gathered_and_its_gradient_scattered(mesh):
+    names = ("embed", "hidden")
+
+    def used(w):
+        return use_weight(w, names, TRAINING)
+
+    def value_and_gradient(w):
+        value, vjp = jax.vjp(used, w)
+        return value, vjp(2 * value)[0]
+
+    w = jnp.arange(32.0).reshape(8, 4)
+    stored = NamedSharding(mesh, TRAINING.storage(names))
+    with jax.set_mesh(mesh):
+        value, gradient = jax.jit(value_and_gradient)(jax.device_put(w, stored))
+    assert value.sharding.is_fully_replicated
+    assert gradient.sharding.is_equivalent_to(stored, 2)
+    assert gradient.addressable_shards[0].data.shape == (2, 4)
+    for actual, expected in zip((value, gradient), value_and_gradient(w), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_over_tokens_is_the_function_itself_without_a_mesh():
+    def function(x, w):
+        return x * w
+
+    assert over_tokens(function, P("data"), P()) is function
+
+
+def test_over_tokens_sums_the_weights_gradient_over_shards(mesh):
+    x, w = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4, 3)), jnp.float32), jnp.arange(1.0, 4.0)
+
+    def loss(x, w):
+        spread = over_tokens(lambda x, w: jnp.tanh(x * w[None, None]), TRAINING.use(("batch", "length")), P())
+        return jnp.sum(spread(x, w) ** 2)
+
+    expected = jax.grad(loss, (0, 1))(x, w)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(jax.grad(loss, (0, 1)))(x, w)
+    for ours, plain in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, plain, atol=1e-5)
+
+
+def test_over_tokens_sees_its_own_shard(mesh):
+    def shard_sum(x, w):
+        return jnp.broadcast_to(jnp.sum(x), x.shape) + w
+
+    with jax.set_mesh(mesh):
+        spread = over_tokens(shard_sum, TRAINING.use(("batch", "length")), P())
+        sums = jax.jit(spread)(jnp.ones((16, 4)), jnp.zeros(()))
+    np.testing.assert_array_equal(sums, np.full((16, 4), 2 * 4))
+
+
+def test_the_names_of_boxes_survive_the_layer_scan():
+    boxed = abstract_params(tiny.config("mixtral"))["layers"]["moe"]["down"]
+    assert isinstance(boxed, nn.Partitioned)
+    assert boxed.names == ("layers", "experts", "hidden", "expert_embed")

@@ -1,0 +1,65 @@
+"""A run small enough for a test: a toy Mixtral on a few of Python's own files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+CORPUS = "".join(f"def f{n}(x):\n    return x + {n}\n\n\n" for n in range(400))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for part in range(12):
+        (folder / f"part{part}.py").write_text(f"# part {part}\n" + CORPUS[part * 900 : part * 900 + 4000])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_config(corpus, tmp_path_factory) -> Path:
+    """A TOML file that trains in seconds."""
+    path = tmp_path_factory.mktemp("config") / "toy.toml"
+    path.write_text(
+        f"""
+steps = 6
+save_every = 2
+log_every = 2
+validate_every = 3
+
+[model]
+dim = 16
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+head_dim = 8
+hidden_dim = 16
+vocab_size = 300
+sliding_window = 8
+max_position = 64
+
+[model.moe]
+num_experts = 4
+experts_per_token = 2
+
+[data]
+sources = [{json.dumps(str(corpus))}]
+vocab_size = 300
+sequence_length = 32
+batch_size = 8
+validation_fraction = 0.1
+cache_dir = {json.dumps(str(path.parent / "cache"))}
+
+[optimizer]
+learning_rate = 1e-2
+
+[mesh]
+data = 2
+expert = 4
+
+[dispatch]
+capacity_factor = 1.25
+group_size = 16
+"""
+    )
+    return path

@@ -1,0 +1,353 @@
+"""The training step: the same on every mesh, for any accumulation, padded or packed; and what it does with a NaN."""
+
+import itertools
+import math
+import re
+from functools import cache
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from oracles import mixture, tiny
+
+from mixtral_jax.config import Dispatch, Execution, MoEConfig
+from mixtral_jax.model.routing import Statistics
+from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
+from mixtral_jax.sharding.rules import TRAINING
+from mixtral_jax.train.losses import LossConfig
+from mixtral_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from mixtral_jax.train.packing import Batch, empty_row, stack_rows
+from mixtral_jax.train.state import init_state
+from mixtral_jax.train.step import compute_losses, gradients, make_step, routing_metrics, totals
+
+# Adam's first step divides a gradient by its own size: with a small epsilon, rounding noise by rounding noise.
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, epsilon=1e-5)
+STEPS = 100
+CONFIG = tiny.config(
+    "mixtral",
+    dim=32,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=4,
+    vocab_size=56,
+    sliding_window=12,
+    moe=MoEConfig(num_experts=8, experts_per_token=2),
+)
+BATCH, LENGTH = 16, 32
+DROPLESS = Dispatch()
+TIGHT = Dispatch(capacity_factor=1.0, group_size=16)
+EXECUTION = Execution(attention_chunk=16)
+LOSSES = LossConfig(balance=0.1, z=0.01, chunk=8)
+
+
+def _batch(config=CONFIG, batch=BATCH, length=LENGTH):
+    """Two documents a row; one row is cut short and one is padding alone."""
+    tokens, targets = (tiny.tokens(config, batch, length, seed) for seed in (1, 2))
+    segment = np.ones((batch, length), np.int32)
+    segment[:, length // 2 + 3 :] = 2
+    segment[1, length - 7 :] = 0
+    segment[2] = 0
+    weight = (segment > 0).astype(np.float32)
+    weight[:, length // 2 + 2] = 0
+    position = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+    return Batch(tokens, targets, segment, position, weight)
+
+
+class Run(NamedTuple):
+    """What a step did, on the host, and the program that did it."""
+
+    params: dict
+    metrics: dict
+    gradient: dict
+    program: str
+    layouts: tuple
+    """What each device held of each array before and after."""
+
+
+@cache
+def _run(mesh_config, dispatch, accumulation=1, devices=8):
+    """One step and its gradient in one program, which computes them once."""
+    mesh = make_mesh(mesh_config, jax.devices()[:devices])
+    model, optimizer = Transformer(CONFIG, EXECUTION, dispatch), make_optimizer(OPTIMIZER, STEPS)
+    state = init_state(CONFIG, optimizer, mesh, TRAINING, seed=0)
+    params = jax.tree.map(lambda own, leaf: jax.device_put(own, leaf.sharding), tiny.params(CONFIG), state.params)
+    layout = NamedSharding(mesh, TRAINING.use(("batch", "length")))
+    batch = jax.tree.map(lambda x: jax.device_put(x, layout), _batch())
+    step = make_step(model, LOSSES, optimizer, learning_rate(OPTIMIZER, STEPS), accumulation)
+
+    def both(state, batch):
+        gradient, _ = gradients(model, LOSSES, state.params, batch, accumulation)
+        return *step(state, batch), gradient
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(both).lower(state._replace(params=params), batch).compile()
+        after, metrics, gradient = compiled(state._replace(params=params), batch)
+    layouts = jax.tree.map(lambda leaf: str(leaf.sharding.devices_indices_map(leaf.shape)), (state, after))
+    return Run(*jax.device_get((after.params, metrics, gradient)), compiled.as_text(), layouts)
+
+
+def _one_device(dispatch):
+    return _run(MeshConfig(), dispatch, devices=1)
+
+
+def _assert_close_in_norm(actual, expected, tolerance=1e-5):
+    def check(path, x, y):
+        error = np.linalg.norm(x - y) / np.linalg.norm(y)
+        assert error < tolerance, (jax.tree_util.keystr(path), error)
+
+    jax.tree_util.tree_map_with_path(check, actual, expected)
+
+
+MESHES = {
+    "data 8": (MeshConfig(data=8), TIGHT, 1),
+    "fsdp 8": (MeshConfig(data=1, fsdp=8), TIGHT, 1),
+    "expert 8": (MeshConfig(data=1, expert=8), TIGHT, 1),
+    "expert 4, tensor 2": (MeshConfig(data=1, expert=4, tensor=2), TIGHT, 1),
+    "data 2, fsdp 2, expert 2": (MeshConfig(data=2, fsdp=2, expert=2), TIGHT, 1),
+    "data 2, fsdp 2, expert 2, accumulation 2": (MeshConfig(data=2, fsdp=2, expert=2), TIGHT, 2),
+    "expert 8, dropless": (MeshConfig(data=1, expert=8), DROPLESS, 1),
+}
+EXPERT_MESHES = [name for name in MESHES if "expert" in name]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_equals_one_device(name):
+    run, one = _run(*MESHES[name]), _one_device(MESHES[name][1])
+    for key in ("loss", "balance_loss", "z_loss", "grad_norm", "router_entropy"):
+        np.testing.assert_allclose(run.metrics[key], one.metrics[key], rtol=1e-5)
+    for key in ("dropped_fraction", "expert_load_max", "expert_load_min", "expert_load"):
+        np.testing.assert_allclose(run.metrics[key], one.metrics[key], rtol=1e-6)
+    assert (run.metrics["dropped_fraction"] > 0.05) == (MESHES[name][1] is TIGHT)
+    _assert_close_in_norm(run.gradient, one.gradient)
+    _assert_close_in_norm(run.params, one.params)
+    _assert_moved(run.params)
+
+
+def _assert_moved(params):
+    for before, after in zip(*map(jax.tree.leaves, (tiny.params(CONFIG), params)), strict=True):
+        assert np.linalg.norm(after - before) > 1e-4 * np.linalg.norm(before)
+
+
+def _gathered(program):
+    """The result's shape of each all-gather."""
+    return [
+        tuple(map(int, filter(None, dims.split(","))))
+        for results in re.findall(r"= ([^=\n]*?) all-gather(?:-start)?\(", program)
+        for dims in re.findall(r"\[([\d,]*)\]", results)
+    ]
+
+
+@pytest.mark.parametrize("name", EXPERT_MESHES)
+def test_tokens_travel_to_experts_and_experts_stay(name):
+    """Slots go there and back, forward and backward. Only expert weights have a side of 24 or its half: gathered over
+    fsdp they have as many experts as a shard holds, never all 8."""
+    program = _run(*MESHES[name]).program
+    assert len(re.findall(r" all-to-all(?:-start)?\(", program)) >= 4
+    of_experts = [shape for shape in _gathered(program) if {CONFIG.hidden_dim, CONFIG.hidden_dim // 2} & {*shape}]
+    assert _gathered(program)
+    assert not [shape for shape in of_experts if CONFIG.moe.num_experts in shape]
+    assert bool(of_experts) == ("fsdp" in name)
+
+
+def test_no_token_travels_without_experts_apart():
+    assert " all-to-all" not in _run(*MESHES["data 8"]).program
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_state_stays_in_its_place(name):
+    for before, after in zip(*map(jax.tree.leaves, _run(*MESHES[name]).layouts), strict=True):
+        assert before == after
+
+
+@cache
+def _gradient_of(config, dispatch, losses, accumulation):
+    model = Transformer(config, EXECUTION, dispatch)
+    return jax.jit(lambda params, batch: gradients(model, losses, params, batch, accumulation))
+
+
+def _gradient(batch, dispatch=TIGHT, losses=LOSSES, accumulation=1, config=CONFIG):
+    return jax.device_get(_gradient_of(config, dispatch, losses, accumulation)(tiny.params(config), batch))
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_changes_nothing(accumulation):
+    """Balance loss and drops included."""
+    plain, accumulated = _gradient(_batch()), _gradient(_batch(), accumulation=accumulation)
+    chex.assert_trees_all_close(accumulated[1], plain[1], rtol=1e-5)
+    _assert_close_in_norm(accumulated[0], plain[0])
+
+
+@pytest.mark.parametrize("dispatch", [TIGHT, DROPLESS], ids=["tight", "dropless"])
+def test_padding_changes_nothing(dispatch):
+    """Sixteen more places in each row, and two more rows, of arbitrary tokens."""
+    batch = _batch()
+    padding = [(0, 2), (0, 16)]
+    fill = {"tokens": 5, "targets": 3, "position": 9}
+    padded = Batch(*(np.pad(x, padding, constant_values=fill.get(n, 0)) for n, x in batch._asdict().items()))
+    chex.assert_shape(padded.tokens, (BATCH + 2, LENGTH + 16))
+    plain, with_padding = (_gradient(each, dispatch) for each in (batch, padded))
+    chex.assert_trees_all_close(with_padding[1], plain[1], rtol=1e-5)
+    _assert_close_in_norm(with_padding[0], plain[0])
+
+
+def test_a_packed_row_equals_its_documents_apart():
+    """Cross-entropy alone, since the balance loss is a row's; dropless, since packing changes groups."""
+    batch = jax.tree.map(lambda x: x[:1], _batch())
+    ends = (0, LENGTH // 2 + 3, LENGTH)
+    rows = []
+    for start, stop in itertools.pairwise(ends):
+        row = jax.tree.map(np.copy, empty_row(LENGTH))
+        for whole, own in zip(batch, row, strict=True):
+            own[: stop - start] = whole[0, start:stop]
+        rows.append(row)
+    losses = LossConfig(balance=0.0, z=0.0)
+    packed, apart = (_gradient(each, DROPLESS, losses) for each in (batch, stack_rows(rows)))
+    np.testing.assert_allclose(packed[1].loss, apart[1].loss, rtol=1e-6)
+    _assert_close_in_norm(packed[0], apart[0])
+
+
+def test_losses_equal_float64():
+    """One layer whose attention adds nothing: the router reads the normalised embeddings."""
+    config = tiny.config("mixtral", num_layers=1)
+    params = jax.tree.map(np.copy, tiny.params(config))
+    params["layers"]["attention"]["output"][:] = 0
+    model, batch = Transformer(config), _batch(config, batch=4)
+    mask = batch.segment != 0
+    sums = jax.jit(lambda p: compute_losses(model, LOSSES, p, batch, totals(batch)))(params)
+
+    logits = np.float64(_logits(model, params, batch))
+    log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nats = -np.take_along_axis(log_probability, batch.targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(sums.loss, (nats * batch.loss_weight).sum() / batch.loss_weight.sum(), rtol=1e-5)
+
+    x = np.float64(params["embedding"][batch.tokens])
+    x *= (np.mean(x**2, -1, keepdims=True) + config.norm_eps) ** -0.5
+    router_logits = x * params["layers"]["feed_forward_norm"]["scale"][0] @ params["layers"]["moe"]["router"][0]
+    per_row = mixture.balance_loss(router_logits, 2, mask)
+    np.testing.assert_allclose(sums.balance_loss, per_row @ mask.sum(1) / mask.sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.z_loss, mixture.z_loss(router_logits, mask), rtol=1e-5)
+
+
+def _logits(model, params, batch):
+    return jax.jit(model.apply)({"params": params}, batch.tokens, batch.segment, batch.position).logits_BTV
+
+
+def test_the_objective_is_the_losses_by_their_coefficients():
+    """The gradient is linear in the coefficients."""
+    parts = [_gradient(_batch(), losses=LossConfig(balance=b, z=z, chunk=8))[0] for b, z in ((0, 0), (1, 0), (0, 1))]
+    expected = jax.tree.map(lambda plain, b, z: plain + 0.1 * (b - plain) + 0.01 * (z - plain), *parts)
+    _assert_close_in_norm(_gradient(_batch())[0], expected, tolerance=1e-4)
+    router = [part["layers"]["moe"]["router"] for part in parts]
+    assert all(np.linalg.norm(other - router[0]) > 0.1 * np.linalg.norm(router[0]) for other in router[1:])
+
+
+class Loop(NamedTuple):
+    """A jitted step on one device, that counts its traces."""
+
+    step: object
+    state: object
+    batch: Batch
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def loop(request):
+    config = tiny.config(request.param)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), STEPS)
+    schedule = learning_rate(OptimizerConfig(learning_rate=1e-2), STEPS)
+    model = Transformer(config, EXECUTION, Dispatch(capacity_factor=1.25) if config.moe else DROPLESS)
+    chex.clear_trace_counter()
+    step = chex.assert_max_traces(make_step(model, LOSSES, optimizer, schedule), n=1)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = init_state(config, optimizer, mesh, TRAINING, seed=0)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return Loop(jax.jit(step, out_shardings=(places, None)), state, _batch(config, batch=4))
+
+
+def test_learns_without_compiling_again(loop):
+    state, losses = loop.state, []
+    for _ in range(30):
+        state, metrics = loop.step(state, loop.batch)
+        losses.append(float(metrics["loss"]))
+    assert state.step == 30
+    assert loop.step._cache_size() == 1
+    np.testing.assert_allclose(losses[0], math.log(40), rtol=0.02)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_is_deterministic(loop):
+    chex.assert_trees_all_equal(*(loop.step(loop.state, loop.batch) for _ in range(2)))
+
+
+def test_metrics(loop):
+    _, metrics = loop.step(loop.state, loop.batch)
+    keys = {"loss", "balance_loss", "z_loss", "grad_norm", "learning_rate", "skipped"}
+    routing = {"dropped_fraction", "expert_load_max", "expert_load_min", "router_entropy", "expert_load"}
+    mixtral = "moe" in loop.state.params["layers"]
+    assert set(metrics) == keys | (routing if mixtral else set())
+    np.testing.assert_allclose(metrics["learning_rate"], 1e-2, rtol=1e-6)
+    assert not metrics["skipped"]
+    assert metrics["grad_norm"] > 0
+    # Fresh routers are all but indifferent: balanced is k = 2, and E = 4 give an entropy and a log of z of log 4.
+    expected = (2, math.log(4) ** 2) if mixtral else (0, 0)
+    np.testing.assert_allclose((metrics["balance_loss"], metrics["z_loss"]), expected, rtol=0.05)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_bad_batch_leaves_all_but_the_step_as_it_was(loop, poison):
+    state, _ = loop.step(loop.state, loop.batch)
+    weight = loop.batch.loss_weight.copy()
+    weight[0, 0] = poison
+    after, metrics = loop.step(state, loop.batch._replace(loss_weight=weight))
+    assert metrics["skipped"]
+    assert after.step == state.step + 1
+    chex.assert_trees_all_equal((after.params, after.optimizer), (state.params, state.optimizer))
+    resumed, metrics = loop.step(after, loop.batch)
+    assert not metrics["skipped"]
+    chex.assert_tree_all_finite(resumed)
+
+
+def test_a_batch_of_padding_alone(loop):
+    after, metrics = loop.step(loop.state, stack_rows([empty_row(LENGTH)] * 4))
+    assert metrics["loss"] == metrics["balance_loss"] == metrics["grad_norm"] == 0
+    chex.assert_tree_all_finite((after, metrics))
+
+
+def test_totals_by_hand():
+    batch = Batch(
+        tokens=jnp.zeros((1, 4)),
+        targets=jnp.zeros((1, 4)),
+        segment=jnp.array([[1, 1, 2, 0]]),
+        position=jnp.zeros((1, 4)),
+        loss_weight=jnp.array([[1.0, 0.0, 2.5, 0.0]]),
+    )
+    assert totals(batch) == (3.5, 3)
+    assert totals(batch._replace(segment=jnp.zeros((1, 4)), loss_weight=jnp.zeros((1, 4)))) == (1, 1)
+
+
+def test_routing_metrics_by_hand():
+    """Two layers, two experts, ten tokens with one choice each."""
+    sums = Statistics(
+        assigned_E=jnp.array([[5.0, 5.0], [2.0, 8.0]]),
+        dropped=jnp.array([0.0, 3.0]),
+        entropy=jnp.array([6.0, 2.0]),
+        z_loss=jnp.zeros(2),
+        balance_loss=jnp.zeros(2),
+        tokens=jnp.array([10.0, 10.0]),
+    )
+    metrics = routing_metrics(sums)
+    np.testing.assert_allclose(metrics["dropped_fraction"], 3 / 20, rtol=1e-6)
+    np.testing.assert_allclose(metrics["expert_load"], [[1, 1], [0.4, 1.6]], rtol=1e-6)
+    np.testing.assert_allclose((metrics["expert_load_max"], metrics["expert_load_min"]), (1.6, 0.4), rtol=1e-6)
+    np.testing.assert_allclose(metrics["router_entropy"], (0.6 + 0.2) / 2, rtol=1e-6)
+    assert routing_metrics(None) == {}
+
+
+def test_grad_norm_is_before_clipping():
+    run = _one_device(TIGHT)
+    np.testing.assert_allclose(run.metrics["grad_norm"], optax.tree.norm(run.gradient), rtol=1e-5)
