@@ -121,12 +121,11 @@ class Execution:
     """The residual stream and what lies between products."""
     product_dtype: Literal["float32", "bfloat16"] = "float32"
     """Operands of matrix products; they accumulate in float32."""
-    attention: Literal["auto", "chunked"] = "auto"
     attention_chunk: int = 128
     """Queries that the chunked backend takes at a time."""
-    remat: Literal["none", "attention", "products", "full"] = "none"
-    """What the backward pass computes again, a layer at a time. `attention`: the scores only; `products`: all but
-    the results of matrix products; `full`: everything."""
+    remat: Literal["none", "products", "full"] = "none"
+    """What the backward pass computes again, a layer at a time, besides attention scores, which it always does.
+    `products`: all but the results of matrix products; `full`: everything."""
 
     @model_validator(mode="after")
     def check(self) -> Execution:
