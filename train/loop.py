@@ -133,6 +133,7 @@ class Run:
         self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
         self.signals, self.folder = signals, folder
         self._skipped = 0
+        self._clock: float | None = None  # when a step was last seen to end; None: something else was done since
         self._entropy = unigram_entropy(data.validation, config.model.vocab_size)
 
     def steps(self, state: TrainState) -> TrainState:
@@ -143,18 +144,17 @@ class Run:
         batches = self._batches(first)
         self.progress.say("compiling")
         before: tuple[int, Any] | None = None
-        self._clock = time.perf_counter()
         for step in range(first, config.steps):
             state, metrics = self.programs.step(state, self._place(next(batches)))
             if before is not None:
-                self._record(*before, warm=step - 1 > first)
+                self._record(*before)
             before = step, metrics
             if self.signals.received is not None:
                 self.progress.say(f"{self.signals.received.name}: stopping after step {step + 1}")
                 break
             self._between(state, step + 1)
         if before is not None:
-            self._record(*before, warm=before[0] > first)
+            self._record(*before)
         batches.close()
         return state
 
@@ -165,13 +165,11 @@ class Run:
     def _place(self, batch: Batch) -> Batch:
         return jax.tree.map(partial(jax.make_array_from_process_local_data, self.programs.batch_sharding), batch)
 
-    def _record(self, step: int, values: dict[str, Any], warm: bool) -> None:
+    def _record(self, step: int, values: dict[str, Any]) -> None:
         values = jax.device_get(values)  # waits for the step
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        # The first step's time is its compilation's.
+        before, self._clock = self._clock, time.perf_counter()
         tokens = self.config.data.batch_size * self.config.data.sequence_length
-        rate = tokens / seconds if warm else None
+        rate = None if before is None else tokens / (self._clock - before)
         if rate is not None:
             values |= log.utilisation(self.config.model, self.config.data.sequence_length, rate)
         plain = self.metrics.write(step, values | {"tokens_per_second": rate})
@@ -186,7 +184,7 @@ class Run:
             return  # what follows the loop does both
         if config.validate_every is not None and done % config.validate_every == 0:
             self.validate(state)
-            self._clock = time.perf_counter()
+            self._clock = None
         if done % config.save_every == 0:
             self.checkpoints.save(state)
 

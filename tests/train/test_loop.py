@@ -80,8 +80,8 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(whole, toy_config, 
     folder = tmp_path / "run"
     record = loop.Run._record
 
-    def interrupted(self, step, values, warm):
-        record(self, step, values, warm)
+    def interrupted(self, step, values):
+        record(self, step, values)
         if step == 2:
             signal.raise_signal(signal.SIGTERM)
 
@@ -133,7 +133,7 @@ def test_a_folder_of_something_else_is_refused(toy_config, tmp_path):
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(toy_config, tmp_path, monkeypatch):
     record = loop.Run._record
     monkeypatch.setattr(
-        loop.Run, "_record", lambda self, step, values, warm: record(self, step, values | {"skipped": True}, warm)
+        loop.Run, "_record", lambda self, step, values: record(self, step, values | {"skipped": True})
     )
     with pytest.raises(loop.Diverged, match="5 steps up to 4"):
         _train(toy_config, tmp_path / "run")

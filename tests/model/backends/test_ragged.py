@@ -8,6 +8,7 @@ import pytest
 from oracles import mixture
 
 from mixtral_jax.config import Execution
+from mixtral_jax.model.backends import ragged
 from mixtral_jax.model.backends.ragged import grouped_product, grouped_swiglu
 from mixtral_jax.model.feed_forward import SwiGLU
 
@@ -25,19 +26,54 @@ def _parts(sizes):
     return [(expert, slice(end - size, end)) for expert, (end, size) in enumerate(zip(ends, sizes, strict=True))]
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
-def test_values_and_gradients(sizes, dtype, tolerance):
-    x, w, dy = _normal(ROWS, DIM), _normal(EXPERTS, DIM, HIDDEN, seed=1), _normal(ROWS, HIDDEN, seed=2)
-    y, vjp = jax.vjp(lambda x, w: grouped_product(x, w, jnp.array(sizes), dtype), x, w)
+def _exact(x, w, dy, sizes):
+    """The result and the gradients of x and w; zeros in rows beyond the last expert's, which mean nothing."""
     exact = [np.zeros(a.shape) for a in (dy, x, w)]
     for expert, rows in _parts(sizes):
         exact[0][rows] = np.float64(x[rows]) @ np.float64(w[expert])
         exact[1][rows] = np.float64(dy[rows]) @ np.float64(w[expert]).T
         exact[2][expert] = np.float64(x[rows]).T @ np.float64(dy[rows])
-    for actual, expected in zip((y, *vjp(dy)), exact, strict=True):
-        assert actual.dtype == jnp.float32
-        np.testing.assert_allclose(actual, expected, atol=tolerance * max(1, np.abs(expected).max()))
+    return exact
+
+
+def _check(actual, exact, sizes, tolerance):
+    rows = sum(sizes)
+    actual = actual[0][:rows], actual[1][:rows], actual[2]
+    for ours, expected in zip(actual, (exact[0][:rows], exact[1][:rows], exact[2]), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, expected, atol=tolerance * max(1, np.abs(expected).max(initial=0)))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_values_and_gradients(sizes, dtype, tolerance):
+    x, w, dy = _normal(ROWS, DIM), _normal(EXPERTS, DIM, HIDDEN, seed=1), _normal(ROWS, HIDDEN, seed=2)
+    y, vjp = jax.vjp(lambda x, w: grouped_product(x, w, jnp.array(sizes), dtype), x, w)
+    _check((y, *vjp(dy)), _exact(x, w, dy, sizes), sizes, tolerance)
+
+
+@pytest.mark.parametrize("sizes", [[300, 0, 5, 600], [1, 511, 257, 100]], ids=str)
+def test_experts_with_several_blocks_of_rows(sizes):
+    x, w, dy = _normal(1000, DIM), _normal(EXPERTS, DIM, HIDDEN, seed=1), _normal(1000, HIDDEN, seed=2)
+    y, vjp = jax.vjp(lambda x, w: grouped_product(x, w, jnp.array(sizes), "float32"), x, w)
+    _check((y, *vjp(dy)), _exact(x, w, dy, sizes), sizes, 2e-6)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_the_form_for_other_platforms(sizes):
+    """XLA's own grouped product, which CPU can run but does not choose."""
+    x, w, dy = _normal(ROWS, DIM), _normal(EXPERTS, DIM, HIDDEN, seed=1), _normal(ROWS, HIDDEN, seed=2)
+    counts = jnp.array(sizes)
+    y = ragged._ragged_dot(x, w, counts, "float32")
+    d_x = ragged._ragged_dot(dy, jnp.swapaxes(w, 1, 2), counts, "float32")
+    d_w = ragged._ragged_weight_gradient(x, dy, counts)
+    _check((y, d_x, d_w), _exact(x, w, dy, sizes), sizes, 1e-6)
+
+
+def test_weights_apart_give_the_same():
+    x, w = _normal(ROWS, DIM), _normal(EXPERTS, DIM, HIDDEN, seed=1)
+    stacked, apart = (grouped_product(x, each, jnp.array(SIZES[1]), "float32") for each in (w, tuple(w)))
+    np.testing.assert_array_equal(stacked, apart)
 
 
 def test_an_expert_without_rows_has_exactly_no_gradient():
@@ -56,7 +92,11 @@ def test_swiglu(sizes):
     expected = np.zeros(x.shape)
     for expert, rows in _parts(sizes):
         expected[rows] = mixture.feed_forward(np.float64(x[rows]), *(np.float64(each[expert]) for each in weights))
-    np.testing.assert_allclose(grouped_swiglu(x, weights, jnp.array(sizes), Execution()), expected, atol=2e-5)
+    rows = sum(sizes)
+    experts = tuple(SwiGLU(*each) for each in zip(*weights, strict=True))
+    for form in (weights, experts):
+        y_MD = grouped_swiglu(x, form, jnp.array(sizes), Execution())
+        np.testing.assert_allclose(y_MD[:rows], expected[:rows], atol=2e-5)
 
 
 class ShapeTest(chex.TestCase):
