@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
@@ -69,7 +70,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping, AdamW and the schedule, in that order; moments are float32 and laid out as their parameters."""
     return optax.chain(
-        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        optax.identity() if config.clip_norm is None else clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config, steps),
             b1=config.beta1,
@@ -79,6 +80,19 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=_decayed,
         ),
     )
+
+
+def clip_by_global_norm(clip_norm: float) -> optax.GradientTransformation:
+    """optax's function of the same name, as a multiplication by one number.
+
+    Theirs divides every element, which XLA on CPU does in a pass of its own: 5% of a step of the tiny Mixtral.
+    """
+
+    def clip(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        scale = jnp.minimum(1.0, clip_norm / jnp.maximum(optax.tree.norm(updates), jnp.finfo(jnp.float32).tiny))
+        return jax.tree.map(lambda update: update * scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), clip)
 
 
 def _decayed(params: Any) -> Any:

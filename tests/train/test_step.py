@@ -70,28 +70,26 @@ class Run(NamedTuple):
     """What each device held of each array before and after."""
 
 
-@cache
+# An optimizer that keeps the gradient as its state and passes it on.
+KEEP = optax.GradientTransformation(init=lambda params: params, update=lambda gradient, *_: (gradient, gradient))
+
+
 def _run(mesh_config, dispatch, accumulation=1, devices=8):
-    """One step and its gradient in one program, which computes them once."""
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
-    model, optimizer = Transformer(CONFIG, EXECUTION, dispatch), make_optimizer(OPTIMIZER, STEPS)
+    model, optimizer = Transformer(CONFIG, EXECUTION, dispatch), optax.chain(KEEP, make_optimizer(OPTIMIZER, STEPS))
     state = init_state(CONFIG, optimizer, mesh, TRAINING, seed=0)
     params = jax.tree.map(lambda own, leaf: jax.device_put(own, leaf.sharding), tiny.params(CONFIG), state.params)
     layout = NamedSharding(mesh, TRAINING.use(("batch", "length")))
     batch = jax.tree.map(lambda x: jax.device_put(x, layout), _batch())
     step = make_step(model, LOSSES, optimizer, learning_rate(OPTIMIZER, STEPS), accumulation)
-
-    def both(state, batch):
-        gradient, _ = gradients(model, LOSSES, state.params, batch, accumulation)
-        return *step(state, batch), gradient
-
     with jax.set_mesh(mesh):
-        compiled = jax.jit(both).lower(state._replace(params=params), batch).compile()
-        after, metrics, gradient = compiled(state._replace(params=params), batch)
+        compiled = jax.jit(step).lower(state._replace(params=params), batch).compile()
+        after, metrics = compiled(state._replace(params=params), batch)
     layouts = jax.tree.map(lambda leaf: str(leaf.sharding.devices_indices_map(leaf.shape)), (state, after))
-    return Run(*jax.device_get((after.params, metrics, gradient)), compiled.as_text(), layouts)
+    return Run(*jax.device_get((after.params, metrics, after.optimizer[0])), compiled.as_text(), layouts)
 
 
+@cache
 def _one_device(dispatch):
     return _run(MeshConfig(), dispatch, devices=1)
 
@@ -113,25 +111,44 @@ MESHES = {
     "data 2, fsdp 2, expert 2, accumulation 2": (MeshConfig(data=2, fsdp=2, expert=2), TIGHT, 2),
     "expert 4, tensor 2, dropless": (MeshConfig(data=1, expert=4, tensor=2), DROPLESS, 1),
 }
-EXPERT_MESHES = [name for name in MESHES if "expert" in name]
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_equals_one_device(name):
-    run, one = _run(*MESHES[name]), _one_device(MESHES[name][1])
+    """And stays in its place, and moves nothing that it need not."""
+    mesh_config, dispatch, _ = MESHES[name]
+    run, one = _run(*MESHES[name]), _one_device(dispatch)
     for key in ("loss", "balance_loss", "z_loss", "grad_norm", "router_entropy"):
         np.testing.assert_allclose(run.metrics[key], one.metrics[key], rtol=1e-5)
     for key in ("dropped_fraction", "expert_load_max", "expert_load_min", "expert_load"):
         np.testing.assert_allclose(run.metrics[key], one.metrics[key], rtol=1e-6)
-    assert (run.metrics["dropped_fraction"] > 0.05) == (MESHES[name][1] is TIGHT)
+    assert (run.metrics["dropped_fraction"] > 0.05) == (dispatch is TIGHT)
     _assert_close_in_norm(run.gradient, one.gradient)
     _assert_close_in_norm(run.params, one.params)
     _assert_moved(run.params)
+    for before, after in zip(*map(jax.tree.leaves, run.layouts), strict=True):
+        assert before == after
+    _assert_tokens_travel_and_experts_stay(run.program, mesh_config)
 
 
 def _assert_moved(params):
     for before, after in zip(*map(jax.tree.leaves, (tiny.params(CONFIG), params)), strict=True):
         assert np.linalg.norm(after - before) > 1e-4 * np.linalg.norm(before)
+
+
+def _assert_tokens_travel_and_experts_stay(program, mesh_config):
+    """Slots go there and back, forward and backward. Only expert weights have a side of 24 or its half: gathered over
+    fsdp they have as many experts as a shard holds, never all 8."""
+    travels = len(re.findall(r" all-to-all(?:-start)?\(", program))
+    if mesh_config.expert == 1:
+        assert not travels
+        return
+    assert travels >= 4
+    gathered = _gathered(program)
+    of_experts = [shape for shape in gathered if {CONFIG.hidden_dim, CONFIG.hidden_dim // 2} & {*shape}]
+    assert gathered
+    assert not [shape for shape in of_experts if CONFIG.moe.num_experts in shape]
+    assert bool(of_experts) == (mesh_config.fsdp > 1)
 
 
 def _gathered(program):
@@ -141,28 +158,6 @@ def _gathered(program):
         for results in re.findall(r"= ([^=\n]*?) all-gather(?:-start)?\(", program)
         for dims in re.findall(r"\[([\d,]*)\]", results)
     ]
-
-
-@pytest.mark.parametrize("name", EXPERT_MESHES)
-def test_tokens_travel_to_experts_and_experts_stay(name):
-    """Slots go there and back, forward and backward. Only expert weights have a side of 24 or its half: gathered over
-    fsdp they have as many experts as a shard holds, never all 8."""
-    program = _run(*MESHES[name]).program
-    assert len(re.findall(r" all-to-all(?:-start)?\(", program)) >= 4
-    of_experts = [shape for shape in _gathered(program) if {CONFIG.hidden_dim, CONFIG.hidden_dim // 2} & {*shape}]
-    assert _gathered(program)
-    assert not [shape for shape in of_experts if CONFIG.moe.num_experts in shape]
-    assert bool(of_experts) == ("fsdp" in name)
-
-
-def test_no_token_travels_without_experts_apart():
-    assert " all-to-all" not in _run(*MESHES["data 8"]).program
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_the_state_stays_in_its_place(name):
-    for before, after in zip(*map(jax.tree.leaves, _run(*MESHES[name]).layouts), strict=True):
-        assert before == after
 
 
 @cache

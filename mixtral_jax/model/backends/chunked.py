@@ -28,8 +28,9 @@ def attend(
     Returns:
       float32 [B, T, K, G, H].
     """
+    q_BTKGH = q_BTKGH.astype(jnp.float32) * q_BTKGH.shape[-1] ** -0.5  # there are fewer queries than scores
     scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, dtype=product_dtype)
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS * q_BTKGH.shape[-1] ** -0.5, _MASKED)
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, _MASKED)
     peak_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
     weight_BKGTS = jnp.exp(scores_BKGTS - peak_BKGT1)
     total_BKGT = jnp.sum(weight_BKGTS, axis=-1)

@@ -21,27 +21,21 @@ _WEIGHT_GRADIENT = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
 
-Experts = jax.Array | tuple[jax.Array, ...]
-"""A weight of each expert: [E, D, F], or each an array [D, F] of its own."""
-
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_product(x_MD: jax.Array, weights: Experts, sizes_E: jax.Array, dtype: str) -> jax.Array:
+def grouped_product(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype: str) -> jax.Array:
     """Row by row, x times the weight of the row's expert; operands in dtype, sums and result in float32.
 
     Args:
       x_MD: rows in expert order.
-      weights: of each expert; differentiable where they are one array.
       sizes_E: int32, rows of each expert. What stands in rows beyond their sum means nothing.
       dtype: of the operands, and of the cotangent in the backward pass.
 
     Returns:
       float32 [M, F].
     """
-    looped = partial(_product_in_blocks, dtype=dtype)
-    if isinstance(weights, tuple):  # stacked for XLA's form, they would be copied
-        return looped(x_MD, weights, sizes_E)
-    return jax.lax.platform_dependent(x_MD, weights, sizes_E, cpu=looped, default=partial(_ragged_dot, dtype=dtype))
+    in_blocks, ragged_dot = partial(_product_in_blocks, dtype=dtype), partial(_ragged_dot, dtype=dtype)
+    return jax.lax.platform_dependent(x_MD, w_EDF, sizes_E, cpu=in_blocks, default=ragged_dot)
 
 
 def _forward(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype: str) -> tuple[jax.Array, tuple]:
@@ -83,14 +77,14 @@ def _ragged_weight_gradient(x_MD: jax.Array, gradient_MF: jax.Array, sizes_E: ja
     )
 
 
-def _product_in_blocks(x_MD: jax.Array, weights: Experts, sizes_E: jax.Array, dtype: str) -> jax.Array:
+def _product_in_blocks(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype: str) -> jax.Array:
     """An expert's last block runs on into rows of the next one, which then writes them again."""
     num_rows, block = x_MD.shape[0], min(_BLOCK, x_MD.shape[0])
     x_MD = jnp.pad(x_MD.astype(dtype), [(0, block), (0, 0)])
-    y_MF = jnp.zeros((num_rows + block, weights[0].shape[1]), jnp.float32)
+    y_MF = jnp.zeros((num_rows + block, w_EDF.shape[2]), jnp.float32)
     starts_E = jnp.cumsum(sizes_E) - sizes_E
     for expert in range(sizes_E.shape[0]):
-        own_DF = weights[expert].astype(dtype)
+        own_DF = w_EDF[expert].astype(dtype)
 
         def multiply(row: jax.Array, y_MF: jax.Array, w_DF: jax.Array = own_DF) -> jax.Array:
             y_block = einsum("MD,DF->MF", jax.lax.dynamic_slice_in_dim(x_MD, row, block), w_DF, dtype=dtype)
@@ -132,18 +126,15 @@ def _for_blocks(
     return jax.lax.fori_loop(0, -(-size // block), lambda i, carry: step(start + i * block, carry), carry)
 
 
-def grouped_swiglu(
-    x_MD: jax.Array, weights: SwiGLU | tuple[SwiGLU, ...], sizes_E: jax.Array, execution: Execution
-) -> jax.Array:
+def grouped_swiglu(x_MD: jax.Array, weights: SwiGLU, sizes_E: jax.Array, execution: Execution) -> jax.Array:
     """The feed-forward of each row by its own expert, in the activation dtype.
 
     Args:
       x_MD: rows in expert order, as `grouped_product` takes them.
-      weights: of all experts, stacked, or each expert's own.
+      weights: of all experts.
       sizes_E: int32, rows of each expert.
     """
     product = partial(grouped_product, sizes_E=sizes_E, dtype=execution.product_dtype)
-    gate, up, down = weights if isinstance(weights, SwiGLU) else map(tuple, zip(*weights, strict=True))
-    gate_MF = product(x_MD, gate).astype(execution.activation_dtype)
-    up_MF = product(x_MD, up).astype(execution.activation_dtype)
-    return product(jax.nn.silu(gate_MF) * up_MF, down).astype(execution.activation_dtype)
+    gate_MF = product(x_MD, weights.gate).astype(execution.activation_dtype)
+    up_MF = product(x_MD, weights.up).astype(execution.activation_dtype)
+    return product(jax.nn.silu(gate_MF) * up_MF, weights.down).astype(execution.activation_dtype)
