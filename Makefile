@@ -21,7 +21,7 @@ help: ## Show this list
 
 demo: $(VENV)/.demo ## Pretrain a tiny Mixtral, sample from it, draw its report; started again, it resumes
 	$(bin)/mixtral-jax train runs/demo --run-dir $(RUN)
-	$(bin)/mixtral-jax generate $(RUN) --prompt '$(PROMPT)'
+	$(bin)/mixtral-jax generate $(RUN) --prompt '$(PROMPT)' --max-new-tokens 200 --temperature 0.7 --top-p 0.9
 	$(bin)/mixtral-jax report $(RUN)
 
 test: lint ## Lint, check the types and the import rules, then run the tests

@@ -86,12 +86,15 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
 def main() -> None:
     """Runs the benchmarks named, or all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], default=list(BENCHMARKS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
+    unknown = [name for name in arguments.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    rows = [row for name in arguments.names for row in BENCHMARKS[name](arguments.repeats)]
+    rows = [row for name in arguments.names or BENCHMARKS for row in BENCHMARKS[name](arguments.repeats)]
     show(rows, arguments.json)
 
 

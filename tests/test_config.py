@@ -109,7 +109,6 @@ def test_a_prefix_goes_before_the_key():
         (c.Dispatch, {"group_size": -3}, ("group_size = -3: a number above zero",)),
         (c.Dispatch, {"priority": "first"}, ("priority = 'first': ", "'position' or 'choice'")),
         (c.Execution, {"activation_dtype": "float16"}, ("activation_dtype = 'float16': ", "'float32' or 'bfloat16'")),
-        (c.Execution, {"attention": "flash"}, ("attention = 'flash': ", "'chunked'")),
         (c.Execution, {"attention_chunk": 0}, ("attention_chunk = 0: a number above zero",)),
         (c.Execution, {"remat": True}, ("remat = True: ", "'none'", "'full'")),
     ],
