@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.oracles.huggingface import to_huggingface
 
 from mixtral_jax.config import ModelConfig
+from tests.oracles.huggingface import to_huggingface
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

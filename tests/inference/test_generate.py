@@ -1,4 +1,4 @@
-"""Generation against the full forward pass: any prompt length, any chunking, any batch, past the window and back again."""
+"""Generation against the full forward pass: any prompt length, chunking and batch, past the window and back."""
 
 import chex
 import jax

@@ -132,9 +132,7 @@ def test_a_folder_of_something_else_is_refused(toy_config, tmp_path):
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(toy_config, tmp_path, monkeypatch):
     record = loop.Run._record
-    monkeypatch.setattr(
-        loop.Run, "_record", lambda self, step, values: record(self, step, values | {"skipped": True})
-    )
+    monkeypatch.setattr(loop.Run, "_record", lambda self, step, values: record(self, step, values | {"skipped": True}))
     with pytest.raises(loop.Diverged, match="5 steps up to 4"):
         _train(toy_config, tmp_path / "run")
     _, step = read_params(tmp_path / "run", configs.load(toy_config).model)
