@@ -4,6 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from mixtral_jax.train import config as configs
+from mixtral_jax.train import loop
+from mixtral_jax.train.progress import Progress
 
 CORPUS = "".join(f"def f{n}(x):\n    return x + {n}\n\n\n" for n in range(400))
 
@@ -63,3 +68,18 @@ group_size = 16
 """
     )
     return path
+
+
+def train(config, folder, **changes):
+    """Runs the loop: (how it ended, what it said)."""
+    settings = [f"{key}={value}" for key, value in changes.items()]
+    console = Console(record=True, width=200)
+    ending = loop.train(configs.load(config, settings), folder, Progress(console))
+    return ending, console.export_text()
+
+
+@pytest.fixture(scope="session")
+def whole(toy_config, tmp_path_factory):
+    """A run from its first step to its last: its folder, how it ended, what it said."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, *train(toy_config, folder)

@@ -68,6 +68,27 @@ def test_logits_equal_the_full_forward_for_three_windows(model, length):
     assert np.abs(actual - expected).max() < 1e-4 * np.std(expected)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("chunk", [1, 4, 40])
+def test_a_token_reaches_layers_times_window_less_one_through_the_cache(family, chunk):
+    config = tiny.config(family)
+    weights = prepare(tiny.params(config), config, EXECUTION)
+    tokens_BT = np.repeat(tiny.tokens(config, 1, 40), 2, axis=0)
+    tokens_BT[1, 9] = (tokens_BT[1, 9] + 1) % config.vocab_size
+    cache = empty_cache(config, 2, num_slots(config, 64), "float32")
+    step = jax.jit(
+        lambda tokens, cache: decode.forward(weights, tokens, jnp.ones(tokens.shape, bool), cache, config, EXECUTION)
+    )
+    parts = []
+    for begin in range(0, 40, chunk):
+        hidden, cache = step(jnp.asarray(tokens_BT[:, begin : begin + chunk]), cache)
+        parts.append(hidden)
+    hidden_BTD = np.concatenate(parts, axis=1)
+    changed = np.flatnonzero((hidden_BTD[0] != hidden_BTD[1]).any(axis=-1))
+    assert changed.min() == 9
+    assert changed.max() == 9 + config.num_layers * (WINDOW - 1)
+
+
 def test_a_ragged_batch_equals_each_row_alone(model):
     config, weights, full = model
     prompts = _prompts(config, (1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW))

@@ -5,14 +5,13 @@ import signal
 
 import numpy as np
 import pytest
-from rich.console import Console
+from toy_run import train
 
 from mixtral_jax.checkpoints.native import read_params
 from mixtral_jax.errors import InputError
 from mixtral_jax.train import config as configs
 from mixtral_jax.train import loop
 from mixtral_jax.train.metrics import METRICS, ROUTING, VALIDATION, read
-from mixtral_jax.train.progress import Progress
 from mixtral_jax.train.run_folder import RunFolder
 
 KEYS = {
@@ -31,20 +30,6 @@ KEYS = {
     "router_entropy",
     "skipped",
 }
-
-
-def _train(config, folder, **changes):
-    settings = [f"{key}={value}" for key, value in changes.items()]
-    console = Console(record=True, width=200)
-    ending = loop.train(configs.load(config, settings), folder, Progress(console))
-    return ending, console.export_text()
-
-
-@pytest.fixture(scope="module")
-def whole(toy_config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    ending, said = _train(toy_config, folder)
-    return folder, ending, said
 
 
 def _losses(folder):
@@ -86,12 +71,12 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(whole, toy_config, 
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(loop.Run, "_record", interrupted)
-    ending, said = _train(toy_config, folder)
+    ending, said = train(toy_config, folder)
     monkeypatch.undo()
     assert ending.signal == signal.SIGTERM
     assert 3 <= ending.step < 6
     assert "SIGTERM: stopping after step" in said
-    ending, _ = _train(toy_config, folder)
+    ending, _ = train(toy_config, folder)
     assert ending == loop.Ending(6, None)
     assert _losses(folder) == _losses(whole[0])
     assert [each["step"] for each in read(folder / METRICS)] == list(range(6))
@@ -103,16 +88,16 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(whole, toy_config, 
 
 def test_a_finished_run_is_left_alone(whole, toy_config):
     before = _losses(whole[0])
-    ending, _ = _train(toy_config, whole[0])
+    ending, _ = train(toy_config, whole[0])
     assert ending == loop.Ending(6, None)
     assert _losses(whole[0]) == before
 
 
 def test_what_decides_the_model_or_the_data_may_not_change(whole, toy_config):
     with pytest.raises(InputError, match=r"data.seed was None, is 3|data.seed was 0, is 3"):
-        _train(toy_config, whole[0], **{"data.seed": 3})
+        train(toy_config, whole[0], **{"data.seed": 3})
     with pytest.raises(InputError, match="steps = 2: the run has already done 6"):
-        _train(toy_config, whole[0], steps=2)
+        train(toy_config, whole[0], steps=2)
 
 
 def test_a_folder_in_use_is_refused(whole, toy_config):
@@ -120,13 +105,13 @@ def test_a_folder_in_use_is_refused(whole, toy_config):
         RunFolder(whole[0], configs.load(toy_config)),
         pytest.raises(InputError, match="in use by another process"),
     ):
-        _train(toy_config, whole[0])
+        train(toy_config, whole[0])
 
 
 def test_a_folder_of_something_else_is_refused(toy_config, tmp_path):
     (tmp_path / "thesis.tex").write_text("dear")
     with pytest.raises(InputError, match="holds files but no run"):
-        _train(toy_config, tmp_path)
+        train(toy_config, tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "dear"
 
 
@@ -134,6 +119,6 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(toy_config, tmp_path
     record = loop.Run._record
     monkeypatch.setattr(loop.Run, "_record", lambda self, step, values: record(self, step, values | {"skipped": True}))
     with pytest.raises(loop.Diverged, match="5 steps up to 4"):
-        _train(toy_config, tmp_path / "run")
+        train(toy_config, tmp_path / "run")
     _, step = read_params(tmp_path / "run", configs.load(toy_config).model)
     assert step == 4
