@@ -32,7 +32,7 @@ def apply_experts(
     expert_BTA: jax.Array,
     gate_BTA: jax.Array,
     mask_BT: jax.Array,
-    weights: SwiGLU | tuple[SwiGLU, ...],
+    weights: SwiGLU,
     *,
     num_experts: int,
     dispatch: Dispatch,
@@ -42,8 +42,7 @@ def apply_experts(
     """Each token through its chosen experts: the gates' sum of their results.
 
     Args:
-      weights: of all experts, or of one of `shards` equal parts of them, on a mesh axis named `expert`; or each
-        expert's apart, as inference prepares them.
+      weights: of all experts, or of one of `shards` equal parts of them, on a mesh axis named `expert`.
 
     Returns:
       float32 [B, T, D], and bool [B, T, A]: whether the choice was served.
@@ -51,10 +50,6 @@ def apply_experts(
     batch, length, dim = x_BTD.shape
     choices = expert_BTA.shape[-1]
     x_ND = x_BTD.reshape(-1, dim).astype(execution.product_dtype)
-    if isinstance(weights, tuple) and not isinstance(weights, SwiGLU):
-        chosen = expert_BTA.reshape(-1, choices), gate_BTA.reshape(-1, choices), mask_BT.reshape(-1)
-        served = jnp.broadcast_to(mask_BT[..., None], expert_BTA.shape)
-        return by_need(x_ND, *chosen, weights, execution).reshape(x_BTD.shape), served
     if dispatch.capacity_factor is None and shards == 1:
         slots, sizes_E = moves.sorted_slots(expert_BTA.reshape(-1, choices), mask_BT.reshape(-1), num_experts)
         y_MD = grouped_swiglu(moves.spread(x_ND, slots), weights, sizes_E, execution)
@@ -97,13 +92,24 @@ class MoE(nn.Module):
         assert moe is not None
         router_DE = weight(self, "router", (self.config.dim, moe.num_experts), ("embed", None), self.rules)
         routing = route(einsum("BTD,DE->BTE", x_BTD, router_DE, dtype="float32"), moe.experts_per_token)
-        serve = self._on_mesh(moe)
-        y_BTD, kept_BTA = serve(x_BTD, routing.expert_BTA, routing.gate_BTA, mask_BT, self._weights(moe))
+        chosen = routing.expert_BTA, routing.gate_BTA, mask_BT
+        if self.has_variable("prepared", "experts"):
+            y_BTD, kept_BTA = self._by_need(x_BTD, *chosen)
+        else:
+            y_BTD, kept_BTA = self._on_mesh(moe)(x_BTD, *chosen, self._weights(moe))
         return y_BTD.astype(x_BTD.dtype), statistics(routing, kept_BTA, mask_BT)
 
-    def _weights(self, moe: MoEConfig) -> SwiGLU | tuple[SwiGLU, ...]:
-        if self.has_variable("prepared", "experts"):
-            return self.get_variable("prepared", "experts")
+    def _by_need(
+        self, x_BTD: jax.Array, expert_BTA: jax.Array, gate_BTA: jax.Array, mask_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What apply_experts does, with the experts that inference prepared, each an array of its own."""
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(self.execution.product_dtype)
+        expert_NA, gate_NA = (each.reshape(x_ND.shape[0], -1) for each in (expert_BTA, gate_BTA))
+        experts = self.get_variable("prepared", "experts")
+        y_ND = by_need(x_ND, expert_NA, gate_NA, mask_BT.reshape(-1), experts, self.execution)
+        return y_ND.reshape(x_BTD.shape), jnp.broadcast_to(mask_BT[..., None], expert_BTA.shape)
+
+    def _weights(self, moe: MoEConfig) -> SwiGLU:
         enter = (moe.num_experts, self.config.dim, self.config.hidden_dim)
         leave = (moe.num_experts, self.config.hidden_dim, self.config.dim)
         return SwiGLU(
