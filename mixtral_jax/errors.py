@@ -13,12 +13,12 @@ class InputError(ValueError):
 
     Args:
       key: what was set, in the user's words: a dotted config key, a flag or a path.
-      value: what it was set to.
+      value: what it was set to; None where it was not set.
       allowed: what would have been accepted, as a phrase that follows the value.
     """
 
     def __init__(self, key: str, value: object, allowed: str):
-        super().__init__(f"{key} = {value!r}: {allowed}")
+        super().__init__(f"{key}: {allowed}" if value is None else f"{key} = {value!r}: {allowed}")
         self.key = key
         self.value = value
         self.allowed = allowed

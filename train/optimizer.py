@@ -23,7 +23,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up. `wsd`: warm-up, stable, and a linear decay over the last `decay_fraction` of the steps."""
     final_fraction: float = 0.1
-    """The last learning rate over the peak."""
+    """What the rate goes down to, over the peak: the step after the last would have it."""
     decay_fraction: float = 0.2
     beta1: float = 0.9
     beta2: float = 0.95

@@ -105,13 +105,18 @@ def make_step(
             "balance_loss": sums.balance_loss,
             "z_loss": sums.z_loss,
             "grad_norm": grad_norm,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(schedule(_updates(state.optimizer)), jnp.float32),
             "skipped": ~finite,
             **routing_metrics(sums.routing),
         }
         return kept._replace(step=after.step), metrics
 
     return step
+
+
+def _updates(optimizer_state: Any) -> jax.Array:
+    """Updates done, int32: what the schedule goes by. A skipped step is not one."""
+    return optax.tree.get_all_with_path(optimizer_state, "count")[0][1]
 
 
 def routing_metrics(routing: Statistics | None) -> Metrics:

@@ -315,6 +315,8 @@ def test_a_bad_batch_leaves_all_but_the_step_as_it_was(loop, poison):
     chex.assert_trees_all_equal((after.params, after.optimizer), (state.params, state.optimizer))
     resumed, metrics = loop.step(after, loop.batch)
     assert not metrics["skipped"]
+    schedule = learning_rate(OptimizerConfig(learning_rate=1e-2), STEPS)
+    np.testing.assert_allclose(metrics["learning_rate"], schedule(1), rtol=1e-6)  # one update so far, of two steps
     chex.assert_tree_all_finite(resumed)
 
 
