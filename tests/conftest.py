@@ -12,5 +12,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The eight devices share two threads: two programs in flight, each waiting for some of them, would wait forever.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 pytest_plugins = ["toy_run"]

@@ -42,7 +42,12 @@ def make_validation(model: Transformer, losses: LossConfig) -> Callable[[Any, Ba
 
 def validate(step: Callable[[Any, Batch], tuple], params: Any, batches: Iterable[Batch]) -> Validation:
     """The mean over all batches."""
-    parts = [step(params, batch) for batch in batches]
-    nats, weight, routing = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    total = None
+    for batch in batches:
+        part = step(params, batch)
+        # Waits for each batch: nothing orders the programs of two, and devices that share threads could lock up.
+        total = jax.block_until_ready(part if total is None else jax.tree.map(jnp.add, total, part))
+    assert total is not None
+    nats, weight, routing = total
     load = routing_metrics(routing).get("expert_load")
     return Validation(float(nats) / float(weight), int(weight), None if load is None else np.asarray(load))

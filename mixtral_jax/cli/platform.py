@@ -33,6 +33,8 @@ def start(device: str | None) -> None:
 
     if platforms is not None:
         jax.config.update("jax_platforms", platforms)
+    # Several devices of one CPU share its threads: two programs in flight, each waiting for some, would wait forever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixtral-jax" / "programs"
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
