@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -30,12 +31,13 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     """Of matrices; norm scales are left alone."""
-    clip_norm: float | None = 1.0
-    """The largest global norm of the gradient; None (unset): any."""
+    clip_norm: float = 1.0
+    """The largest global norm of the gradient; inf: any."""
 
     @model_validator(mode="after")
     def check(self) -> OptimizerConfig:
-        require_positive(self, ("learning_rate", "epsilon", "clip_norm"))
+        require_positive(self, ("learning_rate", "epsilon"))
+        require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a number above zero is needed, inf for no clipping")
         for name in ("final_fraction", "decay_fraction"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a number from 0 to 1")
         for name in ("beta1", "beta2"):
@@ -70,7 +72,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping, AdamW and the schedule, in that order; moments are float32 and laid out as their parameters."""
     return optax.chain(
-        optax.identity() if config.clip_norm is None else clip_by_global_norm(config.clip_norm),
+        optax.identity() if math.isinf(config.clip_norm) else clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config, steps),
             b1=config.beta1,

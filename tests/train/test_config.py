@@ -1,6 +1,9 @@
 """The config of a run."""
 
+import tomllib
+
 import pytest
+import tomli_w
 
 from mixtral_jax import configs as shipped
 from mixtral_jax.config import MoEConfig, model_config
@@ -71,3 +74,14 @@ def test_only_some_keys_may_change_on_resume(toy_config):
     config.check_resumable(before, config.load(toy_config, ["steps=9", "mesh.data=8", "optimizer.learning_rate=1e-3"]))
     with pytest.raises(InputError, match=r"losses.balance was 0.02, is 0.1; model.dim was 16, is 24"):
         config.check_resumable(before, config.load(toy_config, ["model.dim=24", "losses.balance=0.1"]))
+
+
+@pytest.mark.parametrize("setting", ["optimizer.clip_norm=inf", "dispatch.capacity_factor=none", "validate_every=none"])
+def test_what_is_written_to_a_run_is_what_is_read_again(toy_config, setting):
+    """`none` means the key's absence, so only a key whose default is None may be None."""
+    loaded = config.load(toy_config, [setting])
+    assert config.build(config.TrainConfig, tomllib.loads(tomli_w.dumps(config.to_table(loaded)))) == loaded
+
+
+def test_no_clipping_can_be_asked_for(toy_config):
+    assert config.load(toy_config, ["optimizer.clip_norm=inf"]).optimizer.clip_norm == float("inf")

@@ -1,5 +1,6 @@
 """Schedules at their corners, and AdamW with clipping by hand."""
 
+import math
 import re
 
 import jax.numpy as jnp
@@ -79,7 +80,9 @@ def _update(gradient, params, **config):
 
 def test_the_first_step_by_hand():
     """Adam's first step is the gradient over its size plus epsilon: 3 / (3 + 1); decay adds 0.1 * 10."""
-    updates = _update({"w": jnp.array([3.0])}, {"w": jnp.array([10.0])}, epsilon=1.0, weight_decay=0.1, clip_norm=None)
+    updates = _update(
+        {"w": jnp.array([3.0])}, {"w": jnp.array([10.0])}, epsilon=1.0, weight_decay=0.1, clip_norm=math.inf
+    )
     np.testing.assert_allclose(updates["w"], [-0.5 * (0.75 + 1.0)], rtol=1e-6)
 
 
