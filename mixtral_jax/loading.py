@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.checkpoints import native
+from mixtral_jax.checkpoints.opening import open_source
+from mixtral_jax.checkpoints.source import Source
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.errors import InputError
 from mixtral_jax.inference import decode, generate
 from mixtral_jax.inference.sampling import SamplingConfig
-from mixtral_jax.inference.weights import Prepared, prepare, restore
+from mixtral_jax.inference.weights import Prepared, assemble, restore
 from mixtral_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 STEPS_A_CALL = 8
@@ -31,33 +32,28 @@ def load(
     """Loads a model.
 
     Args:
-      path: the folder of a training run, whose newest checkpoint is taken.
+      path: a Hugging Face folder, one of Mistral's with params.json, a GGUF file, a checkpoint that `convert` wrote,
+        the folder of a training run, whose newest checkpoint is taken, or the id of a model on the Hugging Face hub.
       dtype: of the matrices and of products' operands; products accumulate in float32.
       quantize, mesh: not supported yet; None.
 
     Raises:
-      InputError: nothing loadable is there, or an argument is not supported.
+      InputError: nothing loadable is there, it is damaged, or an argument is not supported.
     """
     if dtype not in ("bfloat16", "float32"):
         raise InputError("dtype", dtype, "'bfloat16' or 'float32'")
     for key, value in (("quantize", quantize), ("mesh", mesh)):
         if value is not None:
             raise InputError(key, value, "only None is supported in this version")
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputError("model", str(path), "no such folder; give that of a training run")
-    if not native.is_run(folder):
-        raise InputError("model", str(path), f"not the folder of a training run: no {native.CONFIG} with checkpoints")
-    config = native.read_run_config(folder)
-    params, _ = native.read_params(folder, config)
+    return from_source(open_source(path), dtype)
+
+
+def from_source(source: Source, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> Model:
+    """The model of a source. Raises InputError where its tensors don't fit its config or are damaged."""
+    source.check()
     execution = Execution(product_dtype=dtype)
-    tokenizer = folder / native.TOKENIZER
-    return Model(
-        config,
-        prepare(params, config, execution),
-        execution,
-        Tokenizer.load(tokenizer) if tokenizer.is_file() else None,
-    )
+    weights = assemble(source.read, source.config, execution)
+    return Model(source.config, weights, execution, source.tokenizer())
 
 
 class Model:
@@ -181,7 +177,7 @@ class Model:
         stop_at_eos: bool,
         steps_a_call: int | None = None,
     ) -> Iterator[decode.DecodeState]:
-        eos = (self.tokenizer.eos_id if self.tokenizer else 2,) if stop_at_eos else ()
+        eos = (self.tokenizer.eos_ids if self.tokenizer else (2,)) if stop_at_eos else ()
         return generate.generate(
             self._weights,
             prompts,
@@ -200,7 +196,7 @@ class _Text:
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str]):
         self._decoder = StreamDecoder(tokenizer, after=prompt)
-        self._eos = tokenizer.eos_id
+        self._ends = tokenizer.eos_ids
         self._stop = stop
         self._taken = 0
         self._text = ""
@@ -217,7 +213,7 @@ class _Text:
     def grow(self, tokens: list[int]) -> None:
         """Takes in the row's new tokens so far."""
         for token in tokens[self._taken :]:
-            if not self.stopped and token != self._eos:
+            if not self.stopped and token not in self._ends:
                 self._add(self._decoder.feed(token))
         self._taken = len(tokens)
 

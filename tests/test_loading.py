@@ -93,8 +93,8 @@ def test_refuses(model, call, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"path": "nowhere"}, "model = 'nowhere': no such folder"),
-        ({"path": "."}, "not the folder of a training run"),
+        ({"path": "nowhere"}, "model = 'nowhere': no such file or folder"),
+        ({"path": "."}, "none of the kinds is in this folder"),
         ({"path": ".", "dtype": "float16"}, "dtype = 'float16': 'bfloat16' or 'float32'"),
         ({"path": ".", "quantize": "int8"}, "quantize = 'int8': only None"),
     ],

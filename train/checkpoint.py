@@ -8,7 +8,7 @@ from types import TracebackType
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from mixtral_jax.checkpoints.native import OPTIMIZER, PARAMS, open_manager
+from mixtral_jax.checkpoints.run import OPTIMIZER, PARAMS, open_manager
 from mixtral_jax.train.state import TrainState
 
 

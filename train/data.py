@@ -16,7 +16,9 @@ from pydantic.dataclasses import dataclass
 
 from mixtral_jax.config import STRICT
 from mixtral_jax.errors import InputError
-from mixtral_jax.text.tokenizer import Tokenizer, train_tokenizer
+from mixtral_jax.text.files import load_tokenizer
+from mixtral_jax.text.tokenizer import Tokenizer
+from mixtral_jax.text.training import train_tokenizer
 from mixtral_jax.train.corpus import (
     DOCUMENT_BYTES,
     STDLIB,
@@ -167,10 +169,10 @@ def _tokenizer(files: list[SourceFile], config: DataConfig, scan: Scan, cache: P
     """The tokenizer named, or one trained on the training documents and kept in the cache."""
     try:
         if config.tokenizer is not None:
-            return Tokenizer.load(config.tokenizer)
+            return load_tokenizer(config.tokenizer)
         path = cache / "tokenizers" / f"{_digest(scan.digest, scan.validation_below, config.vocab_size, FORMAT)}.model"
         if path.is_file():
-            return Tokenizer.load(path)
+            return load_tokenizer(path)
         training = (text for split, text in _split_documents(files, config, scan) if split == "training")
         return train_tokenizer(training, config.vocab_size, path)
     except InputError as error:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from mixtral_jax.checkpoints.native import TOKENIZER
+from mixtral_jax.checkpoints.run import TOKENIZER
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.transformer import Transformer, count_parameters
 from mixtral_jax.sharding.mesh import make_mesh

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import tomli_w
 
-from mixtral_jax.checkpoints.native import CHECKPOINTS, CONFIG
+from mixtral_jax.checkpoints.run import CHECKPOINTS, CONFIG
 from mixtral_jax.config import build, to_table
 from mixtral_jax.errors import InputError
 from mixtral_jax.train.config import TrainConfig, check_resumable

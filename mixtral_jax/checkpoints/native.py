@@ -1,67 +1,175 @@
-"""The layout of a training run's folder and of its checkpoints, written by Orbax, whose commits are atomic.
+"""Our own format for weights alone: Orbax, in chunks of some tensors each, with the digest of every tensor.
 
-config.toml        the resolved config; its section `model` is the ModelConfig
-tokenizer.model
-checkpoints/STEP/  params and optimizer, an item each, so that inference reads the weights alone
+config.toml        its section `model` is the ModelConfig
+manifest.json      every tensor: its chunk, dtype and SHA-256; written last
+tokenizer.model    or tokenizer.json, and what belongs to it
+params/00000/      an Orbax checkpoint of some tensors by name, as single tensors (`layers.3.moe.gate.7`) in our layout
+
+Orbax itself loads a flipped bit without a word, and can't write a tree that is never whole in memory.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-import tomllib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from flax import linen as nn
+import tomli_w
 
-from mixtral_jax.config import ModelConfig, build
+from mixtral_jax.checkpoints.config_files import read_json
+from mixtral_jax.checkpoints.source import Source
+from mixtral_jax.config import ModelConfig, build, read_toml, to_table
 from mixtral_jax.errors import InputError
-from mixtral_jax.model.transformer import abstract_params
+from mixtral_jax.model.tensors import Tensor
+from mixtral_jax.text.files import find_tokenizer, load_tokenizer
+from mixtral_jax.text.tokenizer import Tokenizer
 
 CONFIG = "config.toml"
-TOKENIZER = "tokenizer.model"
-CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
 PARAMS = "params"
-OPTIMIZER = "optimizer"
+VERSION = 1
+CHUNK_BYTES = 64 << 20
 
-# Orbax tells of each step of its work, at a level that reaches the terminal.
-logging.getLogger("absl").setLevel(logging.ERROR)
-
-
-def open_manager(folder: Path, keep: int | None = None) -> ocp.CheckpointManager:
-    """Orbax's manager of a run's checkpoints; it keeps the last few, or all."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-    return ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options, item_names=(PARAMS, OPTIMIZER))
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of each step of its work
 
 
-def is_run(folder: Path) -> bool:
-    """Whether the folder is a training run's."""
-    return (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir()
+def is_native(folder: Path) -> bool:
+    """Whether the folder is a checkpoint that `convert` wrote."""
+    return (folder / MANIFEST).is_file() and (folder / PARAMS).is_dir()
 
 
-def read_run_config(folder: Path) -> ModelConfig:
-    """The model of a run's folder."""
-    table = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    return build(ModelConfig, table["model"], "model")
-
-
-def read_params(folder: Path, config: ModelConfig, step: int | None = None) -> tuple[Any, int]:
-    """The weights of a run's newest checkpoint, or of the one at a step, on this process's first device.
+class NativeSource(Source):
+    """A checkpoint in our format; every tensor's digest is checked when it is read.
 
     Raises:
-      InputError: there is no such checkpoint.
+      InputError: a damaged config or manifest.
     """
-    with open_manager(folder) as manager:
-        found = sorted(manager.all_steps())
-        wanted = found[-1] if step is None and found else step
-        if wanted is None or wanted not in found:
-            raise InputError(str(folder), step, f"no checkpoint; saved steps: {found or 'none'}")
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-            nn.unbox(abstract_params(config)),
-        )
-        items = ocp.args.Composite(**{PARAMS: ocp.args.StandardRestore(target)})
-        return manager.restore(wanted, args=items)[PARAMS], wanted
+
+    def __init__(self, folder: Path):
+        table = read_toml(folder / CONFIG)
+        super().__init__(folder, "mixtral-jax checkpoint", build(ModelConfig, table.get("model", {}), "model"))
+        manifest = read_json(folder / MANIFEST)
+        if manifest.get("version") != VERSION or not isinstance(manifest.get("tensors"), dict):
+            raise InputError(f"{folder / MANIFEST}: version", manifest.get("version"), f"{VERSION}, with tensors")
+        self._manifest: dict[str, dict[str, Any]] = manifest["tensors"]
+        self._chunk: tuple[str, dict[str, np.ndarray]] = ("", {})
+
+    def problems(self) -> list[str]:
+        """See Source."""
+        wanted = {tensor.name: list(tensor.shape) for tensor in self.tensors}
+        problems = [f"missing: {name}" for name in wanted if name not in self._manifest]
+        problems += [f"unknown: {name}" for name in self._manifest if name not in wanted]
+        for name, shape in wanted.items():
+            found = self._manifest.get(name, {}).get("shape", shape)
+            if found != shape:
+                problems.append(f"{name} is {found}, {shape} is wanted")
+        return problems
+
+    def dtype(self, tensor: Tensor) -> np.dtype:
+        """See Source."""
+        return np.dtype(self._manifest[tensor.name]["dtype"])
+
+    def stored_as(self, tensor: Tensor) -> str:
+        """See Source."""
+        return self._manifest[tensor.name]["dtype"]
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """See Source."""
+        fields = self._manifest[tensor.name]
+        chunk = self.path / PARAMS / fields["chunk"]
+        if self._chunk[0] != fields["chunk"]:
+            self._chunk = ("", {})
+            self._chunk = (fields["chunk"], _restore(chunk))
+        array = self._chunk[1].get(tensor.name)
+        if array is None or digest(array) != fields["sha256"]:
+            raise InputError(str(chunk), None, f"tensor {tensor.name} is not what was written: its digest differs")
+        return array
+
+    def tokenizer(self) -> Tokenizer | None:
+        """See Source."""
+        return load_tokenizer(self.path) if find_tokenizer(self.path) else None
+
+
+def _restore(chunk: Path) -> dict[str, np.ndarray]:
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            names = checkpointer.metadata(chunk.absolute()).item_metadata.tree
+            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+            return checkpointer.restore(chunk.absolute(), args=ocp.args.PyTreeRestore(restore_args=arguments))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # What Orbax and the library under it raise for a file that is gone or damaged.
+        raise InputError(str(chunk), None, f"can't be read: {str(error).splitlines()[0][:200]}") from None
+
+
+def digest(array: np.ndarray) -> str:
+    """The SHA-256 of an array's bytes, in hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+class NativeWriter:
+    """Writes a checkpoint in our format, chunk after chunk; one that was begun is gone on with."""
+
+    def __init__(self, folder: Path, config: ModelConfig, announced: list[tuple[Tensor, np.dtype]]):
+        self._folder = folder
+        self._config = config
+        self._chunks = {
+            tensor.name: f"{number:05}" for number, chunk in enumerate(_chunks(announced)) for tensor in chunk
+        }
+        self._manifest: dict[str, Any] = {}
+        self._waiting: dict[str, np.ndarray] = {}
+        for record in sorted((folder / PARAMS).glob("*.json")):
+            self._manifest |= json.loads(record.read_text())
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether the tensor is written."""
+        return tensor.name in self._manifest
+
+    def write(self, tensor: Tensor, array: np.ndarray) -> None:
+        """Takes the next tensor, in the announced order."""
+        self._waiting[tensor.name] = array
+        chunk = self._chunks[tensor.name]
+        if list(self._chunks.values()).count(chunk) == len(self._waiting):
+            self._save(chunk)
+
+    def _save(self, chunk: str) -> None:
+        path = (self._folder / PARAMS / chunk).absolute()
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path, self._waiting, force=True)
+        record = {
+            name: {"chunk": chunk, "dtype": array.dtype.name, "shape": list(array.shape), "sha256": digest(array)}
+            for name, array in self._waiting.items()
+        }
+        path.with_suffix(".json").write_text(json.dumps(record))
+        self._manifest |= record
+        self._waiting = {}
+
+    def close(self, tokenizer: Tokenizer | None) -> None:
+        """Writes what belongs to the tensors, and the manifest."""
+        if tokenizer is not None:
+            tokenizer.save_into(self._folder, "native")
+        (self._folder / CONFIG).write_text(tomli_w.dumps({"model": to_table(self._config)}))
+        (self._folder / MANIFEST).write_text(json.dumps({"version": VERSION, "tensors": self._manifest}, indent=1))
+        for record in (self._folder / PARAMS).glob("*.json"):
+            record.unlink()
+
+
+def _chunks(announced: list[tuple[Tensor, np.dtype]]) -> Iterator[list[Tensor]]:
+    """Runs of tensors that together stay under CHUNK_BYTES, or single ones."""
+    chunk: list[Tensor] = []
+    total = 0
+    for tensor, dtype in announced:
+        size = math.prod(tensor.shape) * dtype.itemsize
+        if chunk and total + size > CHUNK_BYTES:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(tensor)
+        total += size
+    if chunk:
+        yield chunk

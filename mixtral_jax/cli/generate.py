@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 import typer
 
 from mixtral_jax.cli import platform
+from mixtral_jax.cli.progress import print_notes
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="The folder of a training run.")],
+    model: Annotated[str, typer.Argument(help="A model in any format, a training run, or a hub id.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token, always.")] = 0.0,
@@ -26,13 +27,16 @@ def generate(
 ) -> None:
     """Continue a prompt; prints the prompt and what follows as it comes."""
     platform.start(device)
+    from mixtral_jax.checkpoints.opening import open_source
     from mixtral_jax.inference.sampling import SamplingConfig
-    from mixtral_jax.loading import load
+    from mixtral_jax.loading import from_source
 
     sampling = SamplingConfig(
         repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    loaded = load(model, dtype=dtype)
+    source = open_source(model)
+    print_notes(source.notes)
+    loaded = from_source(source, dtype)
     typer.echo(prompt, nl=False)
     shown = 0
     for (text,) in loaded.stream([prompt], max_new_tokens, sampling, seed, stop, stop_at_eos):

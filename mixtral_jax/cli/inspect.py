@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from mixtral_jax.cli.progress import bar
 from mixtral_jax.config import ModelConfig, model_config, to_table
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="The folder of a training run, a shipped model, or a TOML file.")],
+    model: Annotated[
+        str, typer.Argument(help="A model in any format, a training run, a shipped model's name, or a TOML file.")
+    ],
     batch: Annotated[int, typer.Option(min=1, help="Texts at a time, for the cache.")] = 1,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens a text, for the cache. Default: all.")] = None,
+    scan: Annotated[bool, typer.Option(help="Read every weight, to find damage and what is no number.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
-    """Show a model's parameters, total and active, and the memory of its weights and cache."""
-    from mixtral_jax.checkpoints import native
+    """Show which release a model is, its parameters and memory, and everything that is off."""
+    from mixtral_jax.checkpoints import doctor
 
-    folder = Path(model)
-    config = native.read_run_config(folder) if native.is_run(folder) else model_config(model)
-    report = describe(config, batch, length or config.max_position)
+    report: dict[str, Any] = {}
+    if not Path(model).is_dir() and _is_config(model):
+        config = model_config(model)
+    else:
+        from mixtral_jax.checkpoints.opening import open_source
+
+        source = open_source(model)
+        config = source.config
+        found = doctor.findings(source)
+        if scan and not source.problems():
+            with bar("reading every weight") as progress:
+                found += doctor.scan(source, progress)
+        stored = {} if source.problems() else doctor.stored_dtypes(source)
+        report = {"format": source.form, "stored": stored, "notes": source.notes, "findings": found}
+    report = {"release": doctor.release(config), **report, **describe(config, batch, length or config.max_position)}
     if as_json:
         typer.echo(json.dumps(report))
         return
     _print(report)
+
+
+def _is_config(model: str) -> bool:
+    """Whether this names a config rather than weights: a shipped model, a TOML file, or what is like neither."""
+    return model.endswith(".toml") or ("/" not in model and not Path(model).exists())
 
 
 def describe(config: ModelConfig, batch: int, length: int) -> dict:
@@ -62,6 +83,10 @@ def _print(report: dict) -> None:
     config = Table("key", "value", box=None)
     for key, value in report["config"].items():
         config.add_row(key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
+    console.print(f"release: {report['release'] or 'none that is shipped'}")
+    if "format" in report:
+        stored = ", ".join(f"{count:,} in {code}" for code, count in report["stored"].items())
+        console.print(f"format: {report['format']}" + (f"; stored: {stored}" if stored else ""))
     console.print(config)
     console.print(f"\n{report['parameters']:,} parameters, {report['active_parameters']:,} active a token\n")
     cache = report["cache"]
@@ -71,3 +96,9 @@ def _print(report: dict) -> None:
         memory.add_row(dtype, f"{size / 1e9:.3f}", of_cache)
     console.print(memory)
     console.print(f"the cache holds {cache['slots']} tokens a text, {cache['bytes_a_token']['bfloat16']:,} bytes each")
+    for note in report.get("notes", []):
+        console.print(f"note: {note}", soft_wrap=True)
+    if "findings" in report:
+        console.print("nothing is off" if not report["findings"] else "\nfindings:")
+        for finding in report["findings"]:
+            console.print(f"  {finding}", soft_wrap=True)

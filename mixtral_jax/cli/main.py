@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from mixtral_jax.cli import generate, inspect, report, tokenizer, train
+from mixtral_jax.cli import convert, generate, inspect, report, tokenizer, train
 from mixtral_jax.errors import InputError
 from mixtral_jax.version import __version__
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(generate.generate)
+app.command()(convert.convert)
 app.command()(inspect.inspect)
 app.command()(report.report)
 app.add_typer(tokenizer.app, name="tokenizer")

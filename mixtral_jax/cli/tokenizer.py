@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from mixtral_jax.errors import InputError
-from mixtral_jax.text.tokenizer import Tokenizer, train_tokenizer
+from mixtral_jax.text.tokenizer import Tokenizer
+from mixtral_jax.text.training import train_tokenizer
 from mixtral_jax.train.corpus import DOCUMENT_BYTES, SourceFile, find_files, read_documents
 
 app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")

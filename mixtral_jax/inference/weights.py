@@ -6,13 +6,16 @@ token chose is not read at all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.model.feed_forward import SwiGLU
+from mixtral_jax.model.tensors import Tensor, assign, look_up, tensors
 
 _EXPERT_WEIGHTS = ("gate", "up", "down")
 _FLOAT32 = ("scale", "router")
@@ -32,33 +35,32 @@ class Prepared(NamedTuple):
 
 def prepare(params: Any, config: ModelConfig, execution: Execution) -> Prepared:
     """The prepared form of a public tree, matrices in the dtype of products."""
-
-    def convert(path: Any, leaf: Any) -> jax.Array:
-        short = path[-1].key not in _FLOAT32
-        return jnp.asarray(leaf, execution.product_dtype if short else jnp.float32)
-
-    layers = []
-    for index in range(config.num_layers):
-        # The leaf's own slice is converted, so that no second copy of the whole stack is ever alive.
-        layer = jax.tree_util.tree_map_with_path(lambda path, leaf, i=index: convert(path, leaf[i]), params["layers"])
-        layers.append(_layer(layer))
-    return Prepared(
-        embedding_VD=jnp.asarray(params["embedding"], execution.product_dtype),
-        layers=tuple(layers),
-        norm=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params["norm"]),
-        unembedding_DV=None if config.tie_embeddings else jnp.asarray(params["unembedding"], execution.product_dtype),
-    )
+    return assemble(lambda tensor: look_up(params, tensor), config, execution)
 
 
-def _layer(layer: dict[str, Any]) -> dict[str, Any]:
-    if "moe" not in layer:
-        return {"params": layer}
-    stacked = [layer["moe"][name] for name in _EXPERT_WEIGHTS]
-    experts = tuple(SwiGLU(*(leaf[e] for leaf in stacked)) for e in range(stacked[0].shape[0]))
-    return {
-        "params": {**layer, "moe": {"router": layer["moe"]["router"]}},
-        "prepared": {"moe": {"experts": experts}},
-    }
+def assemble(read: Callable[[Tensor], Any], config: ModelConfig, execution: Execution) -> Prepared:
+    """The prepared form from single tensors, read and put on the device one after another.
+
+    Args:
+      read: gives a tensor in our layout, in any float dtype.
+    """
+    top: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = [{"params": {}} for _ in range(config.num_layers)]
+    experts: dict[tuple[int, int], dict[str, jax.Array]] = {}
+    for tensor in tensors(config):
+        dtype = jnp.float32 if tensor.path[-1] in _FLOAT32 else execution.product_dtype
+        array = jnp.asarray(np.asarray(read(tensor)).astype(dtype, copy=False))
+        if tensor.layer is None:
+            assign(top, tensor.path, array)
+        elif tensor.expert is None:
+            assign(layers[tensor.layer]["params"], tensor.path[1:], array)
+        else:
+            experts.setdefault((tensor.layer, tensor.expert), {})[tensor.path[-1]] = array
+    if config.moe is not None:
+        for index, layer in enumerate(layers):
+            each = tuple(SwiGLU(**experts[index, number]) for number in range(config.moe.num_experts))
+            layer["prepared"] = {"moe": {"experts": each}}
+    return Prepared(top["embedding"], tuple(layers), top["norm"], top.get("unembedding"))
 
 
 def restore(prepared: Prepared) -> Any:

@@ -82,7 +82,7 @@ def test_a_tokenizer_that_is_none(run, toy_config, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate", "nowhere", "--prompt", "x"), "model = 'nowhere': no such folder"),
+        (("generate", "nowhere", "--prompt", "x"), "model = 'nowhere': no such file or folder"),
         (("generate", "nowhere", "--prompt", "x", "--temperature", "-1"), "temperature = -1.0: a finite number"),
         (("inspect", "mixtral-8x9b"), "config = 'mixtral-8x9b': no such file; did you mean"),
         (("report", "nowhere"), "run = 'nowhere': no metrics.jsonl"),

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from mixtral_jax.cli.tokenizer import app
 from mixtral_jax.errors import InputError
-from mixtral_jax.text.tokenizer import Tokenizer
+from mixtral_jax.text.files import load_tokenizer
 
 TEXT = "def first(x):\n    return x + 1\n\n\ndef second(y):\n    return first(y) * 2\n" * 20
 
@@ -21,7 +21,7 @@ def test_it_writes_a_model_and_says_so(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"body": "third thing"}\n')
     out = tmp_path / "out" / "small.model"
     result = run("train", tmp_path, "--vocab-size", 300, "--out", out, "--text-field", "body")
-    tokenizer = Tokenizer.load(out)
+    tokenizer = load_tokenizer(out)
     assert result.exit_code == 0
     assert result.output.splitlines() == [
         "learnt from 2 files",

@@ -1,61 +1,17 @@
-"""Text goes to ids and back unchanged, whole and token by token; models train alike every time."""
+"""Text goes to ids and back unchanged, whole and token by token, whatever file the tokenizer came from."""
 
 from __future__ import annotations
 
-import io
-import re
-
 import pytest
-import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
+from oracles.smollm import MISSING_BYTES
 
-from mixtral_jax.errors import InputError
-from mixtral_jax.text.tokenizer import StreamDecoder, Tokenizer, _sample, train_tokenizer
+from mixtral_jax.text.tokenizer import StreamDecoder
 
-CODE = '''def total(values, start=0):
-    """The sum of all values."""
-    for value in values:
-        if value is not None:
-            start += value
-
-    return start
-
-
-class Account:
-    def __init__(self, owner):
-        self.owner = owner
-        self.balance = 2024
-'''
-VARIANTS = [CODE.replace("value", name).replace("owner", name * 2) for name in ("item", "word", "number", "line")]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
-
-
-@pytest.fixture(scope="session")
-def ours() -> Tokenizer:
-    return train_tokenizer([CODE, *VARIANTS], 352)
-
-
-@pytest.fixture(scope="session")
-def with_dummy_prefix() -> Tokenizer:
-    """A model that puts a space before the text, as Mistral's do."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CODE.splitlines()),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=330,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    return Tokenizer(model.getvalue())
-
-
-def test_ids_have_mistrals_layout(ours):
-    assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (0, 1, 2, -1, 352)
+ALL = ["ours", "with_dummy_prefix", "v1", "v3", "fast_v1", "fast_v3", "smollm2"]
+CONTROLS = "<s>[INST]</s><unk><|im_start|>user<|im_end|>[TOOL_CALLS][/INST]<|endoftext|>[control_8]"
 
 
 @given(TEXTS)
@@ -74,7 +30,7 @@ def test_streamed_text_comes_back_unchanged(ours, text):
     assert "".join(map(decoder.feed, ours.encode(text))) + decoder.flush() == text
 
 
-@pytest.mark.parametrize("name", ["ours", "with_dummy_prefix"])
+@pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
 def test_streaming_any_ids_equals_decoding_them(request, name, data):
     tokenizer = request.getfixturevalue(name)
@@ -104,88 +60,49 @@ def test_the_dummy_prefix_is_dropped_at_the_start_only(with_dummy_prefix):
     assert "".join(map(decoder.feed, with_dummy_prefix.encode("self"))) == " self"
 
 
+def test_a_model_that_wants_no_begin_gets_none(smollm2):
+    plain = smollm2.encode("start")
+    assert smollm2.bos_id == 1
+    assert smollm2.encode("start", bos=True, eos=True) == [*plain, 2]
+
+
 def test_begin_and_end_are_added_when_asked(ours):
     plain = ours.encode("start")
     assert ours.encode("start", bos=True, eos=True) == [1, *plain, 2]
     assert ours.decode([1, *plain, 2]) == "start"
 
 
-@given(TEXTS)
-@example("<s></s>")
-def test_text_never_becomes_a_control_id(ours, text):
-    assert not {0, 1, 2} & set(ours.encode(text))
+@pytest.mark.parametrize("name", ALL)
+@given(text=st.lists(st.one_of(TEXTS, st.sampled_from(["<s>", "</s>", "[INST]", "<|im_end|>", "[TOOL_CALLS]"]))))
+@example([CONTROLS])
+@example([" ", CONTROLS, " "])
+def test_text_never_becomes_a_control_id(request, name, text):
+    tokenizer = request.getfixturevalue(name)
+    ids = tokenizer.encode("".join(text))
+    assert not any(map(tokenizer.is_control, ids))
+    can_write = "\u2581" not in "".join(text) and (name != "smollm2" or not set("".join(text).encode()) & MISSING_BYTES)
+    assert not can_write or tokenizer.decode(ids) == "".join(text)
+
+
+def test_no_control_by_its_own_name(v3, fast_v3, smollm2):
+    for tokenizer in (v3, fast_v3, smollm2):
+        assert len(tokenizer.controls) > 15
+        for name, token in tokenizer.controls.items():
+            assert tokenizer.is_control(token)
+            assert not any(map(tokenizer.is_control, tokenizer.encode(name)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_stream_after_a_prompt_goes_on_from_it(request, name):
+    tokenizer = request.getfixturevalue(name)
+    ids = tokenizer.encode("Say: \U0001f600 it is")
+    for cut in range(1, len(ids)):
+        decoder, before = StreamDecoder(tokenizer, after=ids[:cut]), StreamDecoder(tokenizer)
+        start = "".join(map(before.feed, ids[:cut]))
+        assert start + "".join(map(decoder.feed, ids[cut:])) + decoder.flush() == "Say: \U0001f600 it is"
 
 
 @given(st.lists(TEXTS))
-def test_a_batch_equals_its_texts_apart(ours, texts):
-    assert ours.encode_batch(texts) == [ours.encode(text) for text in texts]
-
-
-def test_indentation_is_one_piece_and_digits_are_apart(ours):
-    pieces = [ours.piece(token) for token in ours.encode("\n        self\n    20")]
-    assert pieces == ["\n        ", "self", "\n    ", "2", "0"]
-
-
-def test_training_is_deterministic_and_quiet(ours, capfd):
-    again = train_tokenizer(iter([CODE, *VARIANTS]), 352)
-    other = train_tokenizer([CODE], 300)
-    assert ours.digest == again.digest != other.digest
-    assert capfd.readouterr() == ("", "")
-
-
-def test_saved_and_loaded_it_is_the_same(ours, tmp_path):
-    path = tmp_path / "new" / "a.model"
-    ours.save(path)
-    assert Tokenizer.load(path).digest == ours.digest
-    assert [file.name for file in path.parent.iterdir()] == ["a.model"]
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (None, "No such file or directory; a SentencePiece .model file is wanted"),
-        (b"", "the file is empty; a SentencePiece"),
-        (b"not a model", r"\(11 bytes\) is not a whole SentencePiece model"),
-        (-40, "is not a whole SentencePiece model"),
-    ],
-)
-def test_what_is_no_model_is_refused_by_name(ours, tmp_path, capfd, content, problem):
-    path = tmp_path / "some.model"
-    if content == -40:
-        ours.save(path)
-        content = path.read_bytes()[:-40]
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"tokenizer = '.*some\.model': .*{problem}"):
-        Tokenizer.load(path)
-    assert capfd.readouterr().err == ""
-
-
-def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match="Is a directory"):
-        Tokenizer.load(tmp_path)
-
-
-@pytest.mark.parametrize(("size", "pattern", "step"), [(100, r"at least (\d+) is", -1), (9000, r"at most (\d+) is", 1)])
-def test_the_bound_in_the_message_is_the_bound(size, pattern, step):
-    with pytest.raises(InputError, match=rf"vocab_size = {size}: too .*{pattern}") as caught:
-        train_tokenizer([CODE], size)
-    bound = int(re.search(pattern, str(caught.value))[1])
-    assert train_tokenizer([CODE], bound).vocab_size == bound
-    with pytest.raises(InputError, match="for this text"):
-        train_tokenizer([CODE], bound + step)
-
-
-def test_no_text_and_no_size_are_refused():
-    with pytest.raises(InputError, match="there is no text to learn from"):
-        train_tokenizer(["", "\n\n"], 300)
-    with pytest.raises(InputError, match="vocab_size = 0: a positive number"):
-        train_tokenizer([CODE], 0)
-
-
-def test_a_sample_is_spread_evenly_and_bounded():
-    # Four characters each. At the fifth, 20 > 16: every second stays (0, 2, 4), and from there every second is taken.
-    documents = [f"doc{number}" for number in range(8)]
-    assert _sample(iter(documents), 16) == ["doc0", "doc2", "doc4", "doc6"]
-    assert _sample(iter(documents), 1) == ["doc0"]
-    assert _sample(iter(documents), 32) == documents
+def test_a_batch_equals_its_texts_apart(ours, smollm2, texts):
+    for tokenizer in (ours, smollm2):
+        assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]

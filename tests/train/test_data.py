@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from mixtral_jax.errors import InputError
-from mixtral_jax.text.tokenizer import train_tokenizer
+from mixtral_jax.text.training import train_tokenizer
 from mixtral_jax.train.data import (
     DataConfig,
     TokenIndex,

@@ -1,0 +1,196 @@
+"""Writes a model in another format, a tensor at a time. What was begun and not ended is gone on with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+
+from mixtral_jax.checkpoints import consolidated, huggingface, tensor_names
+from mixtral_jax.checkpoints.native import NativeWriter
+from mixtral_jax.checkpoints.safetensors import SafetensorsWriter
+from mixtral_jax.checkpoints.source import BFLOAT16, FLOAT32, Source
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import InputError
+from mixtral_jax.model.tensors import Tensor
+from mixtral_jax.text.tokenizer import Tokenizer
+
+Format = Literal["native", "huggingface", "consolidated"]
+DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+SHARD_BYTES = 5 * 10**9
+"""Of a Hugging Face file, as transformers has it."""
+_PLAN = "conversion.json"
+_PROGRESS = "progress.jsonl"
+
+
+class Writer(Protocol):
+    """A folder in a format, while it is being written."""
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether the tensor is written."""
+
+    def write(self, tensor: Tensor, array: np.ndarray) -> None:
+        """Takes the next tensor, in our layout."""
+
+    def close(self, tokenizer: Tokenizer | None) -> None:
+        """Ends the folder: config, tokenizer and what else belongs to the tensors."""
+
+
+def convert(
+    source: Source,
+    target: Path,
+    to: Format,
+    dtype: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes a model as a folder.
+
+    Until it is whole the folder is called `TARGET.partial`; the same call then goes on with it.
+
+    Args:
+      to: the format to write.
+      dtype: a key of DTYPES; None: what is stored, and float32 for what is quantised.
+      progress: is told the bytes written so far, and of all.
+
+    Raises:
+      InputError: the target is there, there is no room, the source is damaged, or what was begun is something else.
+    """
+    for key, value, allowed in (("--to", to, get_args(Format)), ("--dtype", dtype, (None, *DTYPES))):
+        if value not in allowed:
+            raise InputError(key, value, f"one of {', '.join(map(str, filter(None, allowed)))}")
+    if target.exists() or target.is_symlink():
+        raise InputError("DST", str(target), "is there already, and is not written over")
+    source.check()
+    announced = [(tensor, DTYPES[dtype] if dtype else source.dtype(tensor)) for tensor in source.tensors]
+    partial = _begin(source, target, to, announced)
+    writer = _writer(partial, to, source.config, announced)
+    total, done = sum(_size(*each) for each in announced), 0
+    for tensor, kind in announced:
+        if not writer.has(tensor):
+            writer.write(tensor, source.read(tensor).astype(kind, copy=False))
+        done += _size(tensor, kind)
+        progress(done, total)
+    writer.close(source.tokenizer())
+    for name in (_PLAN, _PROGRESS):
+        (partial / name).unlink(missing_ok=True)
+    os.rename(partial, target)
+
+
+def _begin(source: Source, target: Path, to: Format, announced: list[tuple[Tensor, np.dtype]]) -> Path:
+    """The folder that is written in, checked to be of this conversion."""
+    partial = target.with_name(target.name + ".partial")
+    kinds = sorted({kind.name for _, kind in announced})
+    plan = {"source": str(source.path.resolve()), "to": to, "dtypes": kinds, "tensors": len(announced)}
+    if partial.is_dir():
+        try:
+            begun = json.loads((partial / _PLAN).read_text())
+        except (OSError, ValueError):
+            begun = None
+        if begun != plan:
+            raise InputError("DST", str(partial), "an unfinished conversion of something else is there; remove it")
+    else:
+        need = sum(_size(*each) for each in announced)
+        parent = next(folder for folder in target.absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(parent).free
+        if free < need:
+            raise InputError("DST", str(target), f"{need:,} bytes are needed there, {free:,} are free")
+        (partial / "params").mkdir(parents=True) if to == "native" else partial.mkdir(parents=True)
+        (partial / _PLAN).write_text(json.dumps(plan))
+    return partial
+
+
+def _writer(folder: Path, to: Format, config: ModelConfig, announced: list[tuple[Tensor, np.dtype]]) -> Writer:
+    if to == "native":
+        return NativeWriter(folder, config, announced)
+    return _SafetensorsFolder(folder, to, config, announced)
+
+
+def _size(tensor: Tensor, dtype: np.dtype) -> int:
+    return math.prod(tensor.shape) * dtype.itemsize
+
+
+class _SafetensorsFolder:
+    """A Hugging Face folder, or one of Mistral's own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        to: Literal["huggingface", "consolidated"],
+        config: ModelConfig,
+        announced: list[tuple[Tensor, np.dtype]],
+    ):
+        self._folder, self._to, self._config, self._announced = folder, to, config, announced
+        self._layout = tensor_names.LAYOUTS[to][0](config)
+        files = self._plan_files()
+        done = self._read_progress()
+        self._writers = {
+            name: SafetensorsWriter(
+                folder / name,
+                [(self._layout[t].name, tensor_names.file_shape(t, self._layout[t]), kind) for t, kind in members],
+                done,
+            )
+            for name, members in files.items()
+        }
+        self._file_of = {tensor: name for name, members in files.items() for tensor, _ in members}
+        self._progress = open(folder / _PROGRESS, "a")  # noqa: SIM115
+        self._progress.write("\n")  # ends a line that was cut off
+
+    def has(self, tensor: Tensor) -> bool:
+        """See Writer."""
+        return self._layout[tensor].name in self._writers[self._file_of[tensor]].written
+
+    def write(self, tensor: Tensor, array: np.ndarray) -> None:
+        """See Writer."""
+        stored = self._layout[tensor]
+        writer = self._writers[self._file_of[tensor]]
+        digest = writer.write(stored.name, tensor_names.to_file(array, tensor, stored))
+        self._progress.write(json.dumps([stored.name, digest]) + "\n")
+        self._progress.flush()
+
+    def close(self, tokenizer: Tokenizer | None) -> None:
+        """See Writer."""
+        self._progress.close()
+        for writer in self._writers.values():
+            writer.close()
+        if tokenizer is not None:
+            tokenizer.save_into(self._folder, self._to)
+        if self._to == "consolidated":
+            _write_json(self._folder / consolidated.CONFIG, consolidated.params_json(self._config))
+            return
+        widest = max((kind for _, kind in self._announced), key=lambda kind: kind.itemsize)
+        _write_json(self._folder / huggingface.CONFIG, huggingface.config_json(self._config, widest.name, tokenizer))
+        if len(self._writers) > 1:
+            names = {self._layout[tensor].name: file for tensor, file in self._file_of.items()}
+            total = sum(_size(*each) for each in self._announced)
+            _write_json(self._folder / huggingface.INDEX, {"metadata": {"total_size": total}, "weight_map": names})
+
+    def _plan_files(self) -> dict[str, list[tuple[Tensor, np.dtype]]]:
+        if self._to == "consolidated":
+            return {consolidated.SINGLE: self._announced}
+        files: list[list[tuple[Tensor, np.dtype]]] = [[]]
+        total = 0
+        for each in self._announced:
+            if files[-1] and total + _size(*each) > SHARD_BYTES:
+                files.append([])
+                total = 0
+            files[-1].append(each)
+            total += _size(*each)
+        if len(files) == 1:
+            return {huggingface.SINGLE: files[0]}
+        return {f"model-{n:05}-of-{len(files):05}.safetensors": members for n, members in enumerate(files, 1)}
+
+    def _read_progress(self) -> dict[str, str]:
+        """The digests of what was written before; a line that was cut off is passed over."""
+        path = self._folder / _PROGRESS
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return dict(json.loads(line) for line in lines if line.endswith("]"))
+
+
+def _write_json(path: Path, table: dict) -> None:
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
