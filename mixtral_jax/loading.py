@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from mixtral_jax.checkpoints.source import Source
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.errors import InputError
 from mixtral_jax.inference import decode, generate
+from mixtral_jax.inference.perplexity import DEFAULT_WINDOW, Perplexity, perplexity
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.weights import Prepared, assemble, restore
 from mixtral_jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -94,6 +95,28 @@ class Model:
         tokens_BT = jnp.asarray(tokens, jnp.int32)
         return decode.logits(self._weights, tokens_BT, real_BT, config=self.config, execution=self._execution)
 
+    def perplexity(
+        self,
+        text: str,
+        window: int | None = None,
+        stride: int | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Perplexity:
+        """How well the model foretells a text: nats, tokens, and their exponential mean.
+
+        Args:
+          window: tokens read at a time; None: 2048, or the model's positions where there are fewer.
+          stride: from one window's start to the next's; None: half a window.
+
+        Raises:
+          InputError: no tokenizer, a text under two tokens, or a number out of bounds.
+        """
+        if self.tokenizer is None:
+            raise InputError("text", text[:20], "this model has no tokenizer")
+        window = window or min(DEFAULT_WINDOW, self.config.max_position)
+        ids = self.tokenizer.encode(text, bos=True)
+        return perplexity(self._weights, ids, self.config, self._execution, window, stride or window // 2, progress)
+
     def generate(
         self,
         prompts: Any,
@@ -146,19 +169,20 @@ class Model:
 
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         max_new_tokens: int,
         sampling: SamplingConfig,
         seed: int = 0,
         stop: Sequence[str] = (),
         stop_at_eos: bool = True,
     ) -> Iterator[list[str]]:
-        """Like `generate` for strings; yields each text so far as it grows, and last the finished ones."""
+        """Like `generate`, from strings or ids to text; yields each as it grows, and last the finished ones."""
         if self.tokenizer is None:
             raise InputError("prompts", "strings", "this model has no tokenizer; give token ids")
         if any(not each for each in stop):
             raise InputError("stop", list(stop), "an empty string would stop at once")
-        ids = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        encode = self.tokenizer.encode
+        ids = [encode(each, bos=True) if isinstance(each, str) else list(each) for each in prompts]
         texts = [_Text(self.tokenizer, prompt, stop) for prompt in ids]
         for state in self._states(ids, max_new_tokens, sampling, seed, stop_at_eos, STEPS_A_CALL):
             for text, row in zip(texts, generate.outputs(state), strict=True):

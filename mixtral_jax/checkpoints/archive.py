@@ -103,6 +103,12 @@ def read_at(path: Path, offset: int, size: int) -> bytearray:
     return data
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, cut to one line of a message."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
 def size_of(path: Path) -> int:
     """A file's size in bytes. Raises InputError where it can't be read."""
     try:

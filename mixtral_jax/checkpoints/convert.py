@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -16,7 +17,7 @@ from mixtral_jax.checkpoints import consolidated, huggingface, tensor_names
 from mixtral_jax.checkpoints.native import NativeWriter
 from mixtral_jax.checkpoints.safetensors import SafetensorsWriter
 from mixtral_jax.checkpoints.source import BFLOAT16, FLOAT32, Source
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import ModelConfig, to_table
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.tensors import Tensor
 from mixtral_jax.text.tokenizer import Tokenizer
@@ -38,8 +39,11 @@ class Writer(Protocol):
     def write(self, tensor: Tensor, array: np.ndarray) -> None:
         """Takes the next tensor, in our layout."""
 
-    def close(self, tokenizer: Tokenizer | None) -> None:
+    def finish(self, tokenizer: Tokenizer | None) -> None:
         """Ends the folder: config, tokenizer and what else belongs to the tensors."""
+
+    def close(self) -> None:
+        """Lets go of its files, finished or not."""
 
 
 def convert(
@@ -69,14 +73,14 @@ def convert(
     source.check()
     announced = [(tensor, DTYPES[dtype] if dtype else source.dtype(tensor)) for tensor in source.tensors]
     partial = _begin(source, target, to, announced)
-    writer = _writer(partial, to, source.config, announced)
     total, done = sum(_size(*each) for each in announced), 0
-    for tensor, kind in announced:
-        if not writer.has(tensor):
-            writer.write(tensor, source.read(tensor).astype(kind, copy=False))
-        done += _size(tensor, kind)
-        progress(done, total)
-    writer.close(source.tokenizer())
+    with closing(_writer(partial, to, source.config, announced)) as writer:
+        for tensor, kind in announced:
+            if not writer.has(tensor):
+                writer.write(tensor, source.read(tensor).astype(kind, copy=False))
+            done += _size(tensor, kind)
+            progress(done, total)
+        writer.finish(source.tokenizer())
     for name in (_PLAN, _PROGRESS):
         (partial / name).unlink(missing_ok=True)
     os.rename(partial, target)
@@ -86,8 +90,14 @@ def _begin(source: Source, target: Path, to: Format, announced: list[tuple[Tenso
     """The folder that is written in, checked to be of this conversion."""
     partial = target.with_name(target.name + ".partial")
     kinds = sorted({kind.name for _, kind in announced})
-    plan = {"source": str(source.path.resolve()), "to": to, "dtypes": kinds, "tensors": len(announced)}
-    if partial.is_dir():
+    plan = {
+        "source": str(source.path.resolve()),
+        "to": to,
+        "dtypes": kinds,
+        "tensors": len(announced),
+        "model": to_table(source.config),
+    }
+    if partial.exists():
         try:
             begun = json.loads((partial / _PLAN).read_text())
         except (OSError, ValueError):
@@ -153,11 +163,16 @@ class _SafetensorsFolder:
         self._progress.write(json.dumps([stored.name, digest]) + "\n")
         self._progress.flush()
 
-    def close(self, tokenizer: Tokenizer | None) -> None:
+    def close(self) -> None:
         """See Writer."""
         self._progress.close()
         for writer in self._writers.values():
             writer.close()
+
+    def finish(self, tokenizer: Tokenizer | None) -> None:
+        """See Writer."""
+        for writer in self._writers.values():
+            writer.finish()
         if tokenizer is not None:
             tokenizer.save_into(self._folder, self._to)
         if self._to == "consolidated":

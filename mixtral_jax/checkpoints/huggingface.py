@@ -44,11 +44,13 @@ _COMMON: dict[str, Any] = {
     "sliding_window": None,
     "max_position_embeddings": 4096 * 32,
     "tie_word_embeddings": False,
+    "num_key_value_heads": 8,
 }
 _ABSENT: Mapping[str, dict[str, Any]] = {
     "mistral": _COMMON | {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "sliding_window": 4096},
     "mixtral": _COMMON | {"num_local_experts": 8, "num_experts_per_tok": 2},
-    "llama": _COMMON | {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048},
+    "llama": _COMMON
+    | {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 2048, "num_key_value_heads": None},
 }
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -56,8 +58,11 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "quantization_config": (None,),
     "pretraining_tp": (1,),
+    "partial_rotary_factor": (1,),
 }
 """Keys that change the function, with the values that it has here."""
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""Under which transformers 5 nests a rope for each kind of layer."""
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -99,12 +104,11 @@ def read_config(path: Path) -> ModelConfig:
     for key, allowed in _ONLY.items():
         if table.get(key, allowed[0]) not in allowed:
             raise InputError(f"{path}: {key}", table[key], f"only {' or '.join(map(str, allowed))} is supported")
-    values = {**_ABSENT[family], **table, **_rope(table, path)}
-    heads = take(values, "num_attention_heads", path)
+    values = {**_ABSENT[family], **table, "rope_theta": _rope(table, path) or _ABSENT[family]["rope_theta"]}
+    heads, width = (_whole(values, key, path) for key in ("num_attention_heads", "hidden_size"))
     values |= {
         "num_key_value_heads": values.get("num_key_value_heads") or heads,
-        "head_dim": values.get("head_dim") or take(values, "hidden_size", path) // heads,
-        "rope_theta": float(values["rope_theta"]),
+        "head_dim": values.get("head_dim") or width // heads,
     }
     return build_config({name: values.get(key) for name, key in _keys(family).items()}, _KEYS, path)
 
@@ -113,16 +117,25 @@ def _keys(family: str) -> dict[str, str]:
     return {name: key for name, key in _KEYS.items() if family == "mixtral" or not name.startswith("moe.")}
 
 
-def _rope(table: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """rope_theta from where transformers 5 nests it; a rope that is scaled is refused."""
+def _whole(table: Mapping[str, Any], key: str, path: Path) -> int:
+    value = take(table, key, path)
+    if type(value) is not int or value < 1:
+        raise InputError(f"{path}: {key}", value, "a whole number above zero is needed")
+    return value
+
+
+def _rope(table: Mapping[str, Any], path: Path) -> Any:
+    """rope_theta, from where transformers 5 nests it or version 4 has it; a rope that is scaled is refused."""
     for key in ("rope_parameters", "rope_scaling"):
         nested = table.get(key) or {}
+        if not isinstance(nested, dict) or nested.keys() & _LAYER_TYPES or nested.get("partial_rotary_factor", 1) != 1:
+            raise InputError(f"{path}: {key}", nested, "only one rope for all layers, of all of a head, is supported")
         kind = nested.get("rope_type", nested.get("type", "default"))
         if kind != "default":
             raise InputError(f"{path}: {key}.rope_type", kind, "only 'default' is supported")
         if nested.get("rope_theta") is not None:
-            return {"rope_theta": nested["rope_theta"]}
-    return {"rope_theta": table["rope_theta"]} if table.get("rope_theta") is not None else {}
+            return nested["rope_theta"]
+    return table.get("rope_theta")
 
 
 def config_json(config: ModelConfig, dtype: str, tokenizer: Any = None) -> dict[str, Any]:

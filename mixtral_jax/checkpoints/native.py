@@ -10,10 +10,12 @@ Orbax itself loads a flipped bit without a word, and can't write a tree that is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tomli_w
 
+from mixtral_jax.checkpoints.archive import first_line
 from mixtral_jax.checkpoints.config_files import read_json
 from mixtral_jax.checkpoints.source import Source
 from mixtral_jax.config import ModelConfig, build, read_toml, to_table
@@ -36,6 +39,7 @@ MANIFEST = "manifest.json"
 PARAMS = "params"
 VERSION = 1
 CHUNK_BYTES = 64 << 20
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of each step of its work
 
@@ -59,6 +63,14 @@ class NativeSource(Source):
         if manifest.get("version") != VERSION or not isinstance(manifest.get("tensors"), dict):
             raise InputError(f"{folder / MANIFEST}: version", manifest.get("version"), f"{VERSION}, with tensors")
         self._manifest: dict[str, dict[str, Any]] = manifest["tensors"]
+        for name, fields in self._manifest.items():
+            wanted = {"chunk": str, "dtype": str, "shape": list, "sha256": str}
+            if not isinstance(fields, dict) or any(
+                not isinstance(fields.get(key), kind) for key, kind in wanted.items()
+            ):
+                raise InputError(f"{folder / MANIFEST}: tensors.{name}", fields, f"{', '.join(wanted)} are wanted")
+            if Path(fields["chunk"]).name != fields["chunk"] or fields["dtype"] not in _DTYPES:
+                raise InputError(f"{folder / MANIFEST}: tensors.{name}", fields, "its chunk or dtype can't be one")
         self._chunk: tuple[str, dict[str, np.ndarray]] = ("", {})
 
     def problems(self) -> list[str]:
@@ -88,7 +100,11 @@ class NativeSource(Source):
             self._chunk = ("", {})
             self._chunk = (fields["chunk"], _restore(chunk))
         array = self._chunk[1].get(tensor.name)
-        if array is None or digest(array) != fields["sha256"]:
+        if (
+            array is None
+            or (array.shape, array.dtype) != (tensor.shape, self.dtype(tensor))
+            or digest(array) != fields["sha256"]
+        ):
             raise InputError(str(chunk), None, f"tensor {tensor.name} is not what was written: its digest differs")
         return array
 
@@ -105,7 +121,7 @@ def _restore(chunk: Path) -> dict[str, np.ndarray]:
             return checkpointer.restore(chunk.absolute(), args=ocp.args.PyTreeRestore(restore_args=arguments))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # What Orbax and the library under it raise for a file that is gone or damaged.
-        raise InputError(str(chunk), None, f"can't be read: {str(error).splitlines()[0][:200]}") from None
+        raise InputError(str(chunk), None, f"can't be read: {first_line(error)}") from None
 
 
 def digest(array: np.ndarray) -> str:
@@ -125,7 +141,13 @@ class NativeWriter:
         self._manifest: dict[str, Any] = {}
         self._waiting: dict[str, np.ndarray] = {}
         for record in sorted((folder / PARAMS).glob("*.json")):
-            self._manifest |= json.loads(record.read_text())
+            # A record that was cut off is as good as none: its chunk is written again.
+            with contextlib.suppress(ValueError):
+                self._manifest |= json.loads(record.read_text())
+        whole = {fields["chunk"] for fields in self._manifest.values()}
+        for chunk in (folder / PARAMS).iterdir():
+            if chunk.is_dir() and chunk.name not in whole:
+                shutil.rmtree(chunk)  # what Orbax was writing when it was ended, under whatever name
 
     def has(self, tensor: Tensor) -> bool:
         """Whether the tensor is written."""
@@ -150,7 +172,10 @@ class NativeWriter:
         self._manifest |= record
         self._waiting = {}
 
-    def close(self, tokenizer: Tokenizer | None) -> None:
+    def close(self) -> None:
+        """See Writer; nothing is open."""
+
+    def finish(self, tokenizer: Tokenizer | None) -> None:
         """Writes what belongs to the tensors, and the manifest."""
         if tokenizer is not None:
             tokenizer.save_into(self._folder, "native")

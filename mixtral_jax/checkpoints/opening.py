@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mixtral_jax.checkpoints import consolidated, gguf, huggingface, native, run
+from mixtral_jax.checkpoints.archive import first_line
 from mixtral_jax.checkpoints.source import Source
 from mixtral_jax.errors import InputError
 
@@ -56,7 +57,7 @@ def _open_folder(folder: Path) -> Source:
 def _download(name: str) -> Path:
     try:
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
         wanted = "no such folder; as a hub id it needs huggingface_hub: pip install 'mixtral-jax[hub]'"
         raise InputError("model", name, wanted) from None
@@ -64,6 +65,6 @@ def _download(name: str) -> Path:
         # consolidated.safetensors beside the shards would be the same weights again.
         ignore = ["consolidated*"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=ignore))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError("model", name, f"no such folder, and it can't be had from the hub: {reason}") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        why = f"no such folder, and it can't be had from the hub: {first_line(error)}"
+        raise InputError("model", name, why) from None

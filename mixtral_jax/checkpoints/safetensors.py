@@ -58,7 +58,9 @@ class SafetensorsFile:
         for name, fields in header.items():
             self._add(name, fields)
         self._check_extent(header, size - self._start)
-        self._digests = self._parse(metadata.get(_DIGESTS, "{}").encode())
+        self._digests = self._parse(str(metadata.get(_DIGESTS, "{}")).encode())
+        if self._digests and self._digests.keys() != self.entries.keys():
+            raise self._refused("its digests are not those of its tensors; it is damaged")
 
     def read(self, name: str, part: Part = WHOLE) -> np.ndarray:
         """See Archive.read; an array with a digest is checked when it is read whole."""
@@ -75,9 +77,11 @@ class SafetensorsFile:
 
     def _add(self, name: str, fields: Any) -> None:
         try:
-            code, shape, (begin, end) = fields["dtype"], tuple(map(int, fields["shape"])), fields["data_offsets"]
+            code, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         except (TypeError, KeyError, ValueError):
-            raise self._refused(f"tensor {name}: dtype, shape and data_offsets are wanted") from None
+            shape, code, begin, end = (), None, None, None
+        if not (isinstance(code, str) and all(type(number) is int for number in (*shape, begin, end))):
+            raise self._refused(f"tensor {name}: dtype, shape and data_offsets are wanted")
         if code not in DTYPES:
             raise self._refused(f"tensor {name} has dtype {code}; {', '.join(DTYPES)} can be read")
         wanted = math.prod(shape) * DTYPES[code].itemsize
@@ -107,7 +111,9 @@ class SafetensorsFile:
 
         try:
             header = json.loads(text, object_pairs_hook=once)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise self._refused(f"its header is not JSON ({error}); not a safetensors file, or damaged") from None
         if not isinstance(header, dict):
             raise self._refused("its header is not a JSON object")
@@ -157,14 +163,17 @@ class SafetensorsWriter:
         self.written.add(name)
         return self._digests[name]
 
+    def finish(self) -> None:
+        """Writes the header, and all to the disk; every array has to be there."""
+        assert len(self.written) == len(self._fields)
+        self._file.truncate(self._size)
+        self._file.seek(0)
+        self._file.write(self._header())
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
-        """Ends the file; with its header, on the disk, if every array is there."""
-        with self._file:
-            if len(self.written) == len(self._fields):
-                self._file.truncate(self._size)
-                self._file.seek(0)
-                self._file.write(self._header())
-                os.fsync(self._file.fileno())
+        """Lets go of the file, finished or not."""
+        self._file.close()
 
     def _is_whole(self, name: str, digest: str | None) -> bool:
         begin, end = (self._start + offset for offset in self._fields[name]["data_offsets"])

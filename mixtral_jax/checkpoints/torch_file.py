@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mixtral_jax.checkpoints.archive import WHOLE, Entry, Part, rows_of, size_of
+from mixtral_jax.checkpoints.archive import WHOLE, Entry, Part, first_line, rows_of, size_of
 from mixtral_jax.errors import InputError
 
 _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -38,7 +38,7 @@ class TorchFile:
         """See Archive.read."""
         entry = self.entries[name]
         first, last, columns = rows_of(entry.shape, part)
-        tensor = self._tensors[name].contiguous().reshape(-1)[first * columns : last * columns]
+        tensor = self._tensors[name].detach().contiguous().reshape(-1)[first * columns : last * columns]
         array = np.array(_as_numpy(tensor))
         _release(tensor)
         return array.reshape(-1, columns) if len(entry.shape) > 1 else array
@@ -56,13 +56,11 @@ def _load(path: Path) -> dict[str, Any]:
         # Mapped: only what is read takes memory. weights_only: a pickle that would run code is refused.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            str(path), None, f"refused: it holds more than tensors, and might run code ({reason})"
-        ) from None
+        refused = f"refused: it holds more than tensors, and might run code ({first_line(error)})"
+        raise InputError(str(path), None, refused) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(str(path), None, f"not a whole torch file of the kind since version 1.6 ({reason})") from None
+        damaged = f"not a whole torch file of the kind since version 1.6 ({first_line(error)})"
+        raise InputError(str(path), None, damaged) from None
     tables = isinstance(loaded, dict)
     wrong = [name for name, each in loaded.items() if not isinstance(each, torch.Tensor)] if tables else ["the whole"]
     if wrong:

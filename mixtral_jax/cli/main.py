@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from mixtral_jax.cli import convert, generate, inspect, report, tokenizer, train
+from mixtral_jax.cli import chat, convert, generate, inspect, perplexity, report, tokenizer, train, upcycle
 from mixtral_jax.errors import InputError
 from mixtral_jax.version import __version__
 
@@ -19,8 +19,11 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(generate.generate)
+app.command()(chat.chat)
 app.command()(convert.convert)
+app.command()(upcycle.upcycle)
 app.command()(inspect.inspect)
+app.command()(perplexity.perplexity)
 app.command()(report.report)
 app.add_typer(tokenizer.app, name="tokenizer")
 
