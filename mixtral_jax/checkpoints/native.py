@@ -38,7 +38,7 @@ CONFIG = "config.toml"
 MANIFEST = "manifest.json"
 PARAMS = "params"
 VERSION = 1
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of each step of its work
@@ -64,13 +64,9 @@ class NativeSource(Source):
             raise InputError(f"{folder / MANIFEST}: version", manifest.get("version"), f"{VERSION}, with tensors")
         self._manifest: dict[str, dict[str, Any]] = manifest["tensors"]
         for name, fields in self._manifest.items():
-            wanted = {"chunk": str, "dtype": str, "shape": list, "sha256": str}
-            if not isinstance(fields, dict) or any(
-                not isinstance(fields.get(key), kind) for key, kind in wanted.items()
-            ):
-                raise InputError(f"{folder / MANIFEST}: tensors.{name}", fields, f"{', '.join(wanted)} are wanted")
-            if Path(fields["chunk"]).name != fields["chunk"] or fields["dtype"] not in _DTYPES:
-                raise InputError(f"{folder / MANIFEST}: tensors.{name}", fields, "its chunk or dtype can't be one")
+            if not _is_record(fields):
+                wanted = "chunk, dtype, shape and sha256 are wanted"
+                raise InputError(f"{folder / MANIFEST}: tensors.{name}", fields, wanted)
         self._chunk: tuple[str, dict[str, np.ndarray]] = ("", {})
 
     def problems(self) -> list[str]:
@@ -111,6 +107,17 @@ class NativeSource(Source):
     def tokenizer(self) -> Tokenizer | None:
         """See Source."""
         return load_tokenizer(self.path) if find_tokenizer(self.path) else None
+
+
+def _is_record(fields: Any) -> bool:
+    """Whether the manifest says of a tensor what it has to; a chunk is a folder in `params` itself."""
+    kinds = {"chunk": str, "dtype": str, "shape": list, "sha256": str}
+    return (
+        isinstance(fields, dict)
+        and all(isinstance(fields.get(key), kind) for key, kind in kinds.items())
+        and fields["chunk"].isdecimal()
+        and fields["dtype"] in _DTYPES
+    )
 
 
 def _restore(chunk: Path) -> dict[str, np.ndarray]:

@@ -30,7 +30,7 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100 << 20  # the library's own limit
-_DIGESTS = "sha256"
+_DIGESTS = "mixtral_jax.sha256"
 """Metadata of ours: each array's digest, by name. Others pass it over."""
 
 

@@ -1,7 +1,8 @@
-"""A published model from its GGUF file, 135 million weights in Q4_1 and Q8_0, against transformers with the same file."""
+"""A published model from its GGUF file, 135 million weights in Q4_1 and Q8_0, against transformers' reading of it."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,18 +49,19 @@ def prompts(ours: mj.Model) -> list[list[int]]:
 
 
 def test_logits_are_those_of_transformers(ours: mj.Model, theirs: PreTrainedModel, prompts: list[list[int]]):
-    """Of the five prompts in a row, 60 tokens; all that differs is the order of sums."""
-    tokens_BT = np.array([sum(prompts, [])])
+    """Of the five prompts in a row; all that differs is the order of sums (2e-5 measured)."""
+    tokens_BT = np.array([list(itertools.chain(*prompts))])
     with torch.no_grad():
         expected_BTV = theirs(torch.from_numpy(tokens_BT)).logits.numpy()
-    difference = np.abs(np.asarray(ours.logits(tokens_BT)) - expected_BTV).max() / expected_BTV.std()
-    print(difference, tokens_BT.shape)
-    assert difference < 2e-4
+    difference = np.abs(np.asarray(ours.logits(tokens_BT)) - expected_BTV).max()
+    assert difference < 2e-4 * expected_BTV.std()
 
 
 def test_greedy_tokens_are_those_of_transformers(ours: mj.Model, theirs: PreTrainedModel, prompts: list[list[int]]):
-    expected = []
-    for prompt in prompts:
-        tokens = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)
-        expected.append(tokens[0, len(prompt) :].tolist())
-    assert ours.generate(prompts, max_new_tokens=64) == expected
+    """Each is the likeliest after those before it: then it is what transformers would have written."""
+    answers = ours.generate(prompts, max_new_tokens=64)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer) == 64 or answer[-1] == ours.tokenizer.eos_id
+        with torch.no_grad():
+            logits_TV = theirs(torch.tensor([prompt + answer])).logits[0]
+        assert logits_TV[len(prompt) - 1 : -1].argmax(-1).tolist() == answer

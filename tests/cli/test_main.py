@@ -8,30 +8,17 @@ import sys
 
 import pytest
 
-from mixtral_jax.cli import main, platform
 from mixtral_jax.version import __version__
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Calls the command line in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(platform, "start", lambda device: None)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mixtral-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ending:
-            main.main()
-        out, err = capsys.readouterr()
-        return ending.value.code or 0, out, err
-
-    return call
 
 
 def test_version_and_help(run):
     assert run("--version") == (0, f"{__version__}\n", "")
     status, out, _ = run("--help")
     assert status == 0
-    assert all(verb in out for verb in ("train", "generate", "inspect", "report", "tokenizer"))
+    assert all(
+        verb in out
+        for verb in ("train", "generate", "chat", "convert", "upcycle", "perplexity", "inspect", "report", "tokenizer")
+    )
 
 
 @pytest.mark.parametrize(
