@@ -43,7 +43,7 @@ def test_commands(command):
         verb = group.commands[words[1]]
         with verb.make_context(words[1], words[2:]):
             pass
-        if command.startswith(QUICK):
+        if command.startswith(QUICK) and "path/to" not in command:
             code = "from mixtral_jax.cli.main import main; main()"
             subprocess.run([sys.executable, "-c", code, *words[1:]], check=True, capture_output=True)
     else:

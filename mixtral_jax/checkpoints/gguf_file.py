@@ -37,8 +37,7 @@ _LONGEST_HEADER = 100 << 20
 _SHORTEST_PAIR = 13  # an empty key's length, a type, a byte
 _SHORTEST_RECORD = 32  # a tensor of one dimension without a name
 _VALUES_AT_ONCE = 1 << 17
-"""Dequantised at a time. The temporaries then stay in the cache and in memory that malloc has: four times faster than whole.
-"""
+"""Dequantised at a time: the temporaries stay in the cache and in memory in use before, as fresh pages are slow."""
 
 
 class _Type(NamedTuple):

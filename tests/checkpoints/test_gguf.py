@@ -68,7 +68,7 @@ def test_a_part_of_stacked_experts_is_an_expert():
 
 
 def test_a_large_matrix_is_read_in_runs(tmp_path: Path):
-    """1.2 million values, in runs of half a million, which end within a row."""
+    """1.2 million values, in runs of 131,072, which end within a row."""
     code = gguf.GGMLQuantizationType.Q4_1
     blocks = gguf.quants.quantize(np.random.default_rng(0).standard_normal((2000, 608), np.float32), code)
     file = GGUFFile(write(tmp_path / "x.gguf", {}, {"small": (blocks[:1], code), "large": (blocks, code)}))
