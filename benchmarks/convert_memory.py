@@ -1,4 +1,4 @@
-"""The peak of resident memory while a model is converted: python -m benchmarks.convert_memory SRC DST FORMAT (Linux)."""
+"""Resident memory while a model is converted, on Linux: python -m benchmarks.convert_memory SRC DST FORMAT."""
 
 from __future__ import annotations
 

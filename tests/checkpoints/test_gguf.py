@@ -251,6 +251,17 @@ def test_a_vocabulary_alone_is_refused(tmp_path: Path):
         open_gguf(path)
 
 
+def test_the_tokenizer_is_the_files_own_or_none(tmp_path: Path):
+    fields = GGUFFile(MIXTRAL).fields
+    tensors = tensors_of(MIXTRAL)
+    assert open_gguf(MIXTRAL).tokenizer().vocab_size == 288
+    without = write(tmp_path / "without.gguf", fields | {"tokenizer.ggml.model": "no_vocab"}, tensors)
+    assert open_gguf(without).tokenizer() is None
+    damaged = write(tmp_path / "damaged.gguf", fields | {"tokenizer.ggml.bos_token_id": 500}, tensors)
+    with pytest.raises(InputError, match=r"damaged\.gguf: tokenizer\.ggml\.bos_token_id = 500"):
+        open_gguf(damaged).tokenizer()
+
+
 def test_a_mistral_v01_is_told_by_its_shape():
     """Fine-tunes have more tokens; v0.2 has another theta; a window that is in the file needs no word."""
     windowed = model_config("mistral-7b-v0.1")
@@ -268,9 +279,7 @@ def test_a_mistral_v01_is_told_by_its_shape():
 @pytest.fixture
 def split(tmp_path: Path) -> list[Path]:
     """The Mixtral in five files."""
-    file = GGUFFile(MIXTRAL)
-    tensors = {name: (file.read(name).reshape(entry.shape), None) for name, entry in file.entries.items()}
-    write(tmp_path / "m.gguf", file.fields, tensors, split_max_tensors=5)
+    write(tmp_path / "m.gguf", GGUFFile(MIXTRAL).fields, tensors_of(MIXTRAL), split_max_tensors=5)
     return sorted(tmp_path.glob("m-*-of-00005.gguf"))
 
 
@@ -401,6 +410,12 @@ def test_what_is_no_file_is_refused(tmp_path: Path, what: str):
     path = tmp_path if what == "folder" else tmp_path / "none.gguf"
     with pytest.raises(InputError, match="can't be read"):
         GGUFFile(path)
+
+
+def tensors_of(path: Path) -> dict:
+    """A file's tensors, for `write`."""
+    file = GGUFFile(path)
+    return {name: (file.read(name).reshape(entry.shape), None) for name, entry in file.entries.items()}
 
 
 def write(path: Path, fields: dict, tensors: dict, **options: int) -> Path:

@@ -94,7 +94,7 @@ def test_damage_is_an_input_error_or_a_table_of_tensors(tmp_path):
             for name in file.entries:
                 file.read(name)
         except InputError as error:
-            assert str(path) in str(error)
+            assert str(path) in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize(
