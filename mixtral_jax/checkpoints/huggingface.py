@@ -126,16 +126,16 @@ def _whole(table: Mapping[str, Any], key: str, path: Path) -> int:
 
 def _rope(table: Mapping[str, Any], path: Path) -> Any:
     """rope_theta, from where transformers 5 nests it or version 4 has it; a rope that is scaled is refused."""
-    for key in ("rope_parameters", "rope_scaling"):
+    theta = None
+    for key in ("rope_scaling", "rope_parameters"):
         nested = table.get(key) or {}
         if not isinstance(nested, dict) or nested.keys() & _LAYER_TYPES or nested.get("partial_rotary_factor", 1) != 1:
             raise InputError(f"{path}: {key}", nested, "only one rope for all layers, of all of a head, is supported")
         kind = nested.get("rope_type", nested.get("type", "default"))
         if kind != "default":
             raise InputError(f"{path}: {key}.rope_type", kind, "only 'default' is supported")
-        if nested.get("rope_theta") is not None:
-            return nested["rope_theta"]
-    return table.get("rope_theta")
+        theta = nested.get("rope_theta") or theta
+    return theta or table.get("rope_theta")
 
 
 def config_json(config: ModelConfig, dtype: str, tokenizer: Any = None) -> dict[str, Any]:

@@ -142,7 +142,14 @@ def parse(content: str | bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON ({error}); a tokenizer.json is wanted") from None
     if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
         raise ValueError("no tokenizer is in it; a tokenizer.json is wanted")
-    return {**definition, "added_tokens": list(definition.get("added_tokens") or ())}
+    return {**definition, "added_tokens": [_added(each) for each in definition.get("added_tokens") or ()]}
+
+
+def _added(entry: Any) -> dict[str, Any]:
+    """One added token, as text where the file does not call it special."""
+    if isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("content"), str):
+        return {"special": False, **entry}
+    raise ValueError(f"{entry!r} is no added token; one has an id and a content")
 
 
 def _make_special(definition: dict[str, Any], names: Names) -> None:

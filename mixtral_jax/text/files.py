@@ -114,15 +114,22 @@ def _chat_template(folder: Path, key: str) -> str | None:
     """The folder's template; of several named ones, the one called "default"."""
     alone = folder / "chat_template.jinja"
     if alone.is_file():
-        return alone.read_text(encoding="utf-8")
+        return alone.read_text(encoding="utf-8", errors="replace")
     said = _read(folder / CONFIG, key).get("chat_template")
     if isinstance(said, list):
-        return {each["name"]: each["template"] for each in said}.get("default")
+        named = (each for each in said if isinstance(each, dict) and each.get("name") == "default")
+        said = next(named, {}).get("template")
+    if not isinstance(said, str | None):
+        raise InputError(key, str(folder / CONFIG), "its chat_template is neither a text nor a list of named ones")
     return said
 
 
 def _added_ids(folder: Path, key: str) -> list[int]:
-    added = _read(folder / JSON, key).get("added_tokens") or ()
+    """The ids of the tokens that the files beside a model add to it, or have from it."""
+    try:
+        added = parse((folder / JSON).read_bytes())["added_tokens"] if (folder / JSON).is_file() else ()
+    except ValueError as error:
+        raise InputError(key, str(folder / JSON), str(error)) from None
     return [each["id"] for each in added] + list(_read(folder / "added_tokens.json", key).values())
 
 

@@ -95,6 +95,10 @@ def test_an_end_that_the_file_does_not_call_special_is_a_control(smollm2):
     assert set(tokenizer.controls) == {"<|im_start|>", "<|im_end|>"}
     assert 2 not in tokenizer.encode("<|im_end|>")
     assert set(changed(smollm2, added_tokens=[]).controls) == {"<|im_start|>", "<|im_end|>"}
+    beyond = [*added, {"id": 49152, "content": "<end>", **FLAGS, "special": False}]
+    tokenizer = changed(smollm2, Names(eos="<end>"), added_tokens=beyond)
+    assert (tokenizer.eos_id, tokenizer.controls) == (49152, {"<end>": 49152})
+    assert 49152 not in tokenizer.encode("<end>")
 
 
 def test_merges_that_would_make_a_control_are_dropped(fast_v1):

@@ -57,6 +57,7 @@ def test_a_folder_without_one_is_refused(tmp_path):
         ("{", r"not JSON \(Expecting property name"),
         ("[]", "no tokenizer is in it"),
         ('{"version": "1.0"}', "no tokenizer is in it"),
+        ('{"model": {}, "added_tokens": [{"id": 1}]}', r"\{'id': 1\} is no added token"),
         ('{"model": {"type": "BPE"}}', r"not a whole tokenizer\.json"),
         (None, "its decoder is neither byte-level nor SentencePiece's"),
     ],
@@ -120,6 +121,13 @@ def test_what_stands_beside_is_read(v1, smollm2, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("J")
     assert load_tokenizer(tmp_path / "tokenizer.model").chat_template == "J"
     (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 3}')
+    with pytest.raises(InputError, match=r"tokenizer_config\.json': its chat_template is neither"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("3")
+    with pytest.raises(InputError, match=r"tokenizer\.json': no tokenizer is in it"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(InputError, match=r"tokenizer_config\.json': not JSON"):
         load_tokenizer(tmp_path)
@@ -139,6 +147,14 @@ def test_the_ends_of_a_tokenizer_json_come_from_beside(smollm2, tmp_path, beside
         (tmp_path / name).write_text(json.dumps(content))
     loaded = load_tokenizer(tmp_path)
     assert (loaded.bos_id, loaded.eos_id, loaded.eos_ids, loaded.adds_bos) == (1, 2, (2,), False)
+
+
+def test_whether_a_text_begins_with_a_token_comes_from_beside(fast_v1, tmp_path):
+    fast_v1.save_into(tmp_path)
+    assert load_tokenizer(tmp_path).adds_bos
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": False}))
+    assert not load_tokenizer(tmp_path).adds_bos
 
 
 @pytest.mark.parametrize("layout", ["huggingface", "consolidated", "native"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -77,6 +78,14 @@ def test_added_controls_that_the_file_calls_text_are_controls(v1):
     assert not {32000, 32001} & set(tokenizer.encode("<|im_start|>user<|im_end|>"))
 
 
+def test_begin_and_end_are_controls_whatever_the_file_calls_them(ours):
+    metadata = taken_apart(ours)
+    metadata["tokenizer.ggml.token_type"][1:3] = [4, 1]
+    tokenizer = tokenizer_from_gguf(metadata)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.controls) == (1, 2, {"<s>": 1, "</s>": 2})
+    assert small("gpt-2", kinds=[4, 1, 1, 1, 1, 1]).controls == {"<s>": 0, "</s>": 1}
+
+
 def test_smollm2_has_its_parts(smollm2):
     assert (smollm2.bos_id, smollm2.eos_id, smollm2.pad_id, smollm2.unk_id) == (1, 2, 2, 0)
     assert (smollm2.vocab_size, len(smollm2.controls), smollm2.adds_bos) == (49152, 17, False)
@@ -149,14 +158,14 @@ def split(pattern: str, text: str) -> list[str]:
     return [part for part in regex.split(f"({pattern})", text) if part]
 
 
-def small(pre: str) -> FastTokenizer:
+def small(pre: str, kinds: Sequence[int] = (3, 3, 1, 1, 1, 1)) -> FastTokenizer:
     tokens = ["<s>", "</s>", "a", "b", "ab", "abb"]
     return tokenizer_from_gguf(
         {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": pre,
             "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.token_type": [3, 3, 1, 1, 1, 1],
+            "tokenizer.ggml.token_type": list(kinds),
             "tokenizer.ggml.merges": ["a b"],
             "tokenizer.ggml.bos_token_id": 0,
             "tokenizer.ggml.eos_token_id": 1,

@@ -220,6 +220,13 @@ def test_messages_that_are_none_are_refused(smollm2, messages, problem):
         encode_chat(messages, tokenizer, "template")
 
 
+def test_no_tools_are_none(smollm2):
+    tokenizer = with_template(smollm2, "{{ tools is none }}")
+    messages = [{"role": "user", "content": ""}]
+    assert tokenizer.decode(encode_chat(messages, tokenizer, "template")) == "True"
+    assert tokenizer.decode(encode_chat(messages, tokenizer, "template", TOOLS)) == "False"
+
+
 def test_the_time_can_be_asked_for(smollm2):
     tokenizer = with_template(smollm2, "{{ strftime_now('%%') }}")
     assert tokenizer.decode(encode_chat([{"role": "user", "content": ""}], tokenizer, "template")) == "%"
