@@ -110,8 +110,10 @@ def _assumed(
         assumed["rope_theta"] = 1e4 if values["sliding_window"] else 1e6
         why = "a window is set" if values["sliding_window"] else "no window is set"
         notes.append(f"{path.name} has no rope_theta: {assumed['rope_theta']:g} is assumed, since {why}")
-    if values["max_position"] is None:
-        assumed["max_position"] = table.get("max_position_embeddings") or (65536 if values["dim"] == 6144 else 32768)
+    if values["max_position"] is None and table.get("max_position_embeddings"):
+        assumed["max_position"] = table["max_position_embeddings"]
+    elif values["max_position"] is None:
+        assumed["max_position"] = 65536 if values["dim"] == 6144 else 32768
         notes.append(f"{path.name} does not say how many positions there are: {assumed['max_position']} are assumed")
     embedding = archive.entries.get("tok_embeddings.weight")
     if values["vocab_size"] in (None, -1) and embedding is not None and embedding.shape:

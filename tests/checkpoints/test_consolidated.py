@@ -156,9 +156,7 @@ def test_refuses_params_naming_the_key(tmp_path, changes, message):
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     folder = write(tmp_path, CONFIGS["mistral"], 2, "pth")
     torch.save({"norm.weight": torch.ones(16)}, folder / "consolidated.02.pth")
-    with pytest.raises(
-        InputError, match=r"norm\.weight is in consolidated\.0\d\.pth and again in consolidated\.02\.pth"
-    ):
+    with pytest.raises(InputError, match=r"norm\.weight is in .* and again in consolidated\.02\.pth"):
         open_consolidated(folder)
 
 

@@ -103,7 +103,7 @@ def test_bfloat16_chooses_as_transformers_where_rounding_cannot_decide(saved, tm
 @pytest.mark.parametrize("case", ["mistral", "mixtral-window"])
 def test_several_files_are_one_model(saved, tmp_path, case):
     model, folder = saved(case)
-    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    model.save_pretrained(tmp_path, max_shard_size="6KB")
     whole, shards = open_huggingface(folder), open_huggingface(tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert shards.problems() == []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from toy_run import train
 
-from mixtral_jax.checkpoints.native import read_params
+from mixtral_jax.checkpoints.run import read_params
 from mixtral_jax.errors import InputError
 from mixtral_jax.train import config as configs
 from mixtral_jax.train import loop
