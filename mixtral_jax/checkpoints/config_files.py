@@ -17,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(str(path), None, f"can't be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(str(path), None, f"not JSON: {error}") from None
     if not isinstance(table, dict):
         raise InputError(str(path), None, "a JSON object is wanted")

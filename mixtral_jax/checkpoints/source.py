@@ -42,7 +42,7 @@ class Source(abc.ABC):
     @cached_property
     def tensors(self) -> list[Tensor]:
         """Every tensor of the model, in the order in which reading is cheapest."""
-        return tensors(self.config)
+        return list(tensors(self.config))
 
     @abc.abstractmethod
     def problems(self) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -55,12 +56,16 @@ class Tensor:
         return self.index[1] if len(self.index) > 1 else None
 
 
-def tensors(config: ModelConfig) -> list[Tensor]:
-    """Every single tensor of a model, leaf after leaf, within a leaf by layer and expert."""
+@cache
+def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
+    """Every single tensor of a model, leaf after leaf, within a leaf by layer and expert.
+
+    Worked out once for a config: it traces the model, which takes half a second.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(
         abstract_params(config), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
     )
-    return [tensor for path, leaf in leaves for tensor in _of_leaf(tuple(key.key for key in path), leaf)]
+    return tuple(each for path, leaf in leaves for each in _of_leaf(tuple(key.key for key in path), leaf))
 
 
 def _of_leaf(path: tuple[str, ...], leaf: nn.Partitioned) -> list[Tensor]:

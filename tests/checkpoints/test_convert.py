@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import tracemalloc
 from typing import get_args
 
 import numpy as np
@@ -139,6 +140,34 @@ def test_nothing_is_written_over(saved, tmp_path, kind):
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("fails_at", [17, 40])
+def test_a_failed_one_is_gone_on_with(tmp_path, monkeypatch, to, fails_at):
+    monkeypatch.setattr(module, "SHARD_BYTES", 8000)
+    monkeypatch.setattr(native, "CHUNK_BYTES", 1)  # each tensor is a chunk
+    config = tiny.config("mixtral")
+    convert(Memory(config, tmp_path), tmp_path / "whole", to)
+    failing, going_on = Memory(config, tmp_path, fails_at), Memory(config, tmp_path)
+    with pytest.raises(InputError, match="failed"):
+        convert(failing, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError):
+        open_source(tmp_path / "out.partial")
+    told = []
+    convert(going_on, tmp_path / "out", to, progress=lambda done, total: told.append((done, total)))
+    assert failing.reads + going_on.reads == [tensor.name for tensor in going_on.tensors]
+    assert told[-1][0] == told[-1][1] == max(told)[0]
+    assert_same(open_source(tmp_path / "whole"), open_source(tmp_path / "out"))
+    if to == "native":
+        names = ("manifest.json", "config.toml")
+        assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in names)
+        assert sorted(p.name for p in (tmp_path / "out/params").iterdir()) == sorted(
+            p.name for p in (tmp_path / "whole/params").iterdir()
+        )
+    else:
+        assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def begun(tmp_path, to, fails_at=10):
     with pytest.raises(InputError, match="failed"):
         convert(Memory(tiny.config("mixtral"), tmp_path, fails_at), tmp_path / "out", to)
@@ -242,3 +271,22 @@ def large(tmp_path_factory):
     config = tiny.config("mixtral", **shape)
     oracle.to_huggingface(config, tiny.params(config)).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("start", ["huggingface", "consolidated"])
+def test_few_tensors_are_in_memory_at_once(large, tmp_path, monkeypatch, start, to):
+    source = open_source(large)
+    largest = 128 * 512 * 4
+    monkeypatch.setattr(native, "CHUNK_BYTES", largest)
+    if start != "huggingface":
+        convert(source, tmp_path / start, start)
+        source = open_source(tmp_path / start)
+    # Besides, it works out what tensors there are, once: tracing the model takes memory too, but not with its size.
+    total = sum(source.read(tensor).nbytes for tensor in source.tensors)
+    assert total > 40 * largest
+    tracemalloc.start()
+    convert(source, tmp_path / "out", to)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest < peak < 5 * largest
