@@ -17,6 +17,7 @@ from mixtral_jax.errors import InputError
 from mixtral_jax.inference import decode, generate
 from mixtral_jax.inference.perplexity import DEFAULT_WINDOW, Perplexity, perplexity
 from mixtral_jax.inference.sampling import SamplingConfig
+from mixtral_jax.inference.scoring import Scores, score
 from mixtral_jax.inference.weights import Prepared, assemble, restore
 from mixtral_jax.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -94,6 +95,10 @@ class Model:
         real_BT = jnp.ones(tokens.shape, bool)
         tokens_BT = jnp.asarray(tokens, jnp.int32)
         return decode.logits(self._weights, tokens_BT, real_BT, config=self.config, execution=self._execution)
+
+    def score(self, tokens_BT: jax.Array, real_BT: jax.Array) -> Scores:
+        """What each token costs given those before it in its row; `real_BT` is False for padding, at the rows' ends."""
+        return score(self._weights, tokens_BT, real_BT, config=self.config, execution=self._execution)
 
     def perplexity(
         self,

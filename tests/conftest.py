@@ -15,4 +15,4 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The eight devices share two threads: two programs in flight, each waiting for some of them, would wait forever.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
-pytest_plugins = ["toy_run"]
+pytest_plugins = ["toy_run", "command_line"]

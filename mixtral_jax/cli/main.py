@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from mixtral_jax.cli import chat, convert, generate, inspect, perplexity, report, tokenizer, train, upcycle
+from mixtral_jax.cli import chat, convert, evaluate, generate, inspect, perplexity, report, tokenizer, train, upcycle
 from mixtral_jax.errors import InputError
 from mixtral_jax.version import __version__
 
@@ -24,6 +24,7 @@ app.command()(convert.convert)
 app.command()(upcycle.upcycle)
 app.command()(inspect.inspect)
 app.command()(perplexity.perplexity)
+app.command(name="eval")(evaluate.evaluate)
 app.command()(report.report)
 app.add_typer(tokenizer.app, name="tokenizer")
 

@@ -6,21 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.errors import InputError
-from mixtral_jax.inference import decode
+from mixtral_jax.inference.scoring import score
 from mixtral_jax.inference.weights import Prepared
 
 DEFAULT_WINDOW = 2048
 """Tokens read at a time."""
 _ROWS = 4
 """Windows that are scored at a time, so that few large products replace many small ones."""
-_LOGITS = 1 << 26
-"""Logits that may stand in memory at a time, in values."""
 
 
 class Perplexity(NamedTuple):
@@ -93,7 +89,7 @@ def perplexity(
     if min(ids) < 0 or max(ids) >= config.vocab_size:
         raise InputError("text", max(ids), f"token ids go from 0 to {config.vocab_size - 1}")
     spans = list(windows(len(ids), window, stride))
-    rows = max(1, min(_ROWS, _LOGITS // (window * config.vocab_size), len(spans)))
+    rows = min(_ROWS, len(spans))
     total = 0.0
     for first in range(0, len(spans), rows):
         batch = spans[first : first + rows]
@@ -120,22 +116,5 @@ def _score(
         tokens_BT[row, :size] = ids[span.begin : span.end]
         real_BT[row, :size] = True
         scored_BT[row, span.scored - span.begin : size] = True
-    nats_BT = token_nats(weights, tokens_BT, real_BT, config, execution)
+    nats_BT = score(weights, tokens_BT, real_BT, config=config, execution=execution).nats_BT
     return np.where(scored_BT, np.asarray(nats_BT, np.float64), 0).sum(axis=1)
-
-
-def token_nats(
-    weights: Prepared, tokens_BT: np.ndarray, real_BT: np.ndarray, config: ModelConfig, execution: Execution
-) -> np.ndarray:
-    """Minus the log-probability of each token given those before it in its row, float32 [B, T]; 0 for the first."""
-    logits_BTV = decode.logits(
-        weights, jnp.asarray(tokens_BT), jnp.asarray(real_BT), config=config, execution=execution
-    )
-    return np.asarray(_nats(logits_BTV, jnp.asarray(tokens_BT)))
-
-
-@jax.jit
-def _nats(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    chosen_BT = jnp.take_along_axis(logits_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1)[..., 0]
-    nats_BT = jax.nn.logsumexp(logits_BTV[:, :-1], axis=-1) - chosen_BT
-    return jnp.pad(nats_BT, ((0, 0), (1, 0)))

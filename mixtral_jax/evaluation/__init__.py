@@ -1,0 +1,1 @@
+"""The benchmarks of the papers, through EleutherAI's evaluation harness."""
