@@ -28,6 +28,8 @@ def _commands():
         for line in block.values[0].replace("\\\n", " ").splitlines():
             if line.split("#")[0].strip():
                 yield line.split("  #")[0].strip()
+    for page in PAGES:
+        yield from re.findall(r"^\|.*`(mixtral-jax [^`]+)`", page.read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", sorted(set(_commands())))
