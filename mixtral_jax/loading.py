@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from mixtral_jax.inference.perplexity import DEFAULT_WINDOW, Perplexity, perplex
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.scoring import Scores, score
 from mixtral_jax.inference.weights import Prepared, assemble, restore
+from mixtral_jax.sharding.mesh import completed
 from mixtral_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 STEPS_A_CALL = 8
@@ -37,25 +39,29 @@ def load(
       path: a Hugging Face folder, one of Mistral's with params.json, a GGUF file, a checkpoint that `convert` wrote,
         the folder of a training run, whose newest checkpoint is taken, or the id of a model on the Hugging Face hub.
       dtype: of the matrices and of products' operands; products accumulate in float32.
-      quantize, mesh: not supported yet; None.
+      quantize: not supported yet; None.
+      mesh: the devices to spread the weights over, with any of the axes `fsdp`, `expert` and `tensor`: heads lie over
+        `tensor`, feed-forwards, experts and the vocabulary over all three. A tensor goes to its shards as it is read.
 
     Raises:
       InputError: nothing loadable is there, it is damaged, or an argument is not supported.
     """
     if dtype not in ("bfloat16", "float32"):
         raise InputError("dtype", dtype, "'bfloat16' or 'float32'")
-    for key, value in (("quantize", quantize), ("mesh", mesh)):
-        if value is not None:
-            raise InputError(key, value, "only None is supported in this version")
-    return from_source(open_source(path), dtype)
+    if quantize is not None:
+        raise InputError("quantize", quantize, "only None is supported in this version")
+    return from_source(open_source(path), dtype, mesh)
 
 
-def from_source(source: Source, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> Model:
+def from_source(
+    source: Source, dtype: Literal["bfloat16", "float32"] = "bfloat16", mesh: jax.sharding.Mesh | None = None
+) -> Model:
     """The model of a source. Raises InputError where its tensors don't fit its config or are damaged."""
     source.check()
     execution = Execution(product_dtype=dtype)
-    weights = assemble(source.read, source.config, execution)
-    return Model(source.config, weights, execution, source.tokenizer())
+    mesh = None if mesh is None else completed(mesh)
+    weights = assemble(source.read, source.config, execution, mesh)
+    return Model(source.config, weights, execution, source.tokenizer(), mesh)
 
 
 class Model:
@@ -66,16 +72,29 @@ class Model:
       tokenizer: the one that came with them, or None.
     """
 
-    def __init__(self, config: ModelConfig, weights: Prepared, execution: Execution, tokenizer: Tokenizer | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Prepared,
+        execution: Execution,
+        tokenizer: Tokenizer | None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         self.config = config
         self.tokenizer = tokenizer
         self._weights = weights
         self._execution = execution
+        self._mesh = mesh
+
+    def _on_mesh(self) -> AbstractContextManager:
+        """The context in which programs run."""
+        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     @property
     def params(self) -> Any:
         """The public parameter tree, layers stacked; made anew at each call, at the cost of a second copy."""
-        return restore(self._weights)
+        with self._on_mesh():
+            return restore(self._weights)
 
     def logits(self, tokens_BT: Any) -> jax.Array:
         """Next-token logits of every token, float32 [B, T, V].
@@ -94,11 +113,13 @@ class Model:
             raise InputError("tokens_BT", int(worst), f"token ids go from 0 to {self.config.vocab_size - 1}")
         real_BT = jnp.ones(tokens.shape, bool)
         tokens_BT = jnp.asarray(tokens, jnp.int32)
-        return decode.logits(self._weights, tokens_BT, real_BT, config=self.config, execution=self._execution)
+        with self._on_mesh():
+            return decode.logits(self._weights, tokens_BT, real_BT, config=self.config, execution=self._execution)
 
     def score(self, tokens_BT: jax.Array, real_BT: jax.Array) -> Scores:
         """What each token costs given those before it in its row; `real_BT` is False for padding, at the rows' ends."""
-        return score(self._weights, tokens_BT, real_BT, config=self.config, execution=self._execution)
+        with self._on_mesh():
+            return score(self._weights, tokens_BT, real_BT, config=self.config, execution=self._execution)
 
     def perplexity(
         self,
@@ -120,7 +141,9 @@ class Model:
             raise InputError("text", text[:20], "this model has no tokenizer")
         window = window or min(DEFAULT_WINDOW, self.config.max_position)
         ids = self.tokenizer.encode(text, bos=True)
-        return perplexity(self._weights, ids, self.config, self._execution, window, stride or window // 2, progress)
+        stride = stride or window // 2
+        with self._on_mesh():
+            return perplexity(self._weights, ids, self.config, self._execution, window, stride, progress)
 
     def generate(
         self,
@@ -207,7 +230,7 @@ class Model:
         steps_a_call: int | None = None,
     ) -> Iterator[decode.DecodeState]:
         eos = (self.tokenizer.eos_ids if self.tokenizer else (2,)) if stop_at_eos else ()
-        return generate.generate(
+        states = generate.generate(
             self._weights,
             prompts,
             max_new_tokens=max_new_tokens,
@@ -218,6 +241,13 @@ class Model:
             stop_ids=eos,
             steps_a_call=steps_a_call,
         )
+        while True:
+            # Entered for each step: a generator's context would reach its caller.
+            with self._on_mesh():
+                state = next(states, None)
+            if state is None:
+                return
+            yield state
 
 
 class _Text:

@@ -73,6 +73,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
+def completed(mesh: Mesh) -> Mesh:
+    """The same devices with every axis of ours, those that the mesh lacks of size 1, partitioned automatically.
+
+    Raises:
+      InputError: an axis that is none of ours.
+    """
+    unknown = [name for name in mesh.axis_names if name not in MESH_AXES]
+    if unknown:
+        raise InputError("mesh", unknown[0], f"no axis of this name; the axes are {', '.join(MESH_AXES)}")
+    order = [mesh.axis_names.index(axis) for axis in MESH_AXES if axis in mesh.axis_names]
+    shape = tuple(mesh.shape.get(axis, 1) for axis in MESH_AXES)
+    devices = mesh.devices.transpose(order).reshape(shape)
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
 def current_mesh() -> AbstractMesh | None:
     """The mesh that jax.set_mesh made current, or None on a single device or without one."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -95,6 +96,38 @@ def over_tokens(function: Callable, tokens: PartitionSpec, weights: PartitionSpe
         return mapped(*arguments)
 
     return run
+
+
+def over_parts(function: Callable, layouts: Any, axes: tuple[str, ...]) -> Callable:
+    """The function run on each shard's part of the weights, its results summed; without a mesh, the function itself.
+
+    One sum crosses shards, after all that the function does: collectives inside its branches might meet in another
+    order on another device.
+
+    Args:
+      function: takes arrays that are whole on every shard and, last, a tree of weights; linear in them as a sum over
+        parts.
+      layouts: a PartitionSpec for each weight, over the axes.
+    """
+    if current_mesh() is None:
+        return function
+
+    def run(*arguments: Any) -> Any:
+        def part(*given: Any) -> Any:
+            return jax.tree.map(lambda each: jax.lax.psum(each, axes), function(*given))
+
+        specs = (*(PartitionSpec() for _ in arguments[:-1]), layouts)
+        names = set(axes)
+        mapped = jax.shard_map(part, in_specs=specs, out_specs=PartitionSpec(), axis_names=names, check_vma=False)
+        return mapped(*arguments)
+
+    return run
+
+
+def place(array: np.ndarray, names: Names, rules: Rules, mesh: Mesh, dtype: Any) -> jax.Array:
+    """A host's array on the mesh, in the layout of its axes; each shard takes its part only, in the dtype wanted."""
+    sharding = NamedSharding(mesh, rules.storage(names))
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part].astype(dtype))
 
 
 def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -71,3 +71,23 @@ TRAINING = Rules(
     ),
     only_stored=("embed", "expert_embed"),
 )
+
+DECODING = Rules(
+    table=(
+        # Every device sees all tokens: a batch may be one text.
+        ("batch", ()),
+        ("length", ()),
+        ("activation", ()),
+        ("heads", ("tensor",)),
+        ("kv_heads", ("tensor",)),
+        ("head_dim", ()),
+        # Every expert is split over all of a copy's devices, so that whichever are chosen, all of them read.
+        ("hidden", ("fsdp", "expert", "tensor")),
+        ("vocab", ("fsdp", "expert", "tensor")),
+        ("experts", ()),
+        ("layers", ()),
+        ("embed", ()),
+        ("expert_embed", ()),
+        ("norm", ()),
+    ),
+)

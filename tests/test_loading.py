@@ -1,9 +1,13 @@
 """The public face: a trained run loaded, scored and made to speak."""
 
 import itertools
+import math
 
+import chex
+import jax
 import numpy as np
 import pytest
+from oracles import huggingface, tiny
 
 import mixtral_jax as mj
 from mixtral_jax.inference.sampling import SamplingConfig
@@ -102,6 +106,39 @@ def test_refuses(model, call, message):
 def test_load_refuses(arguments, message):
     with pytest.raises(mj.InputError, match=message):
         mj.load(**arguments)
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"expert": 4, "tensor": 2}, {"fsdp": 2, "data": 2, "expert": 2}])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_mesh_changes_nothing_but_where_weights_lie(family, sizes, tmp_path):
+    config = tiny.config(family)
+    huggingface.to_huggingface(config, tiny.params(config)).save_pretrained(tmp_path)
+    devices = jax.devices()[: math.prod(sizes.values())]
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
+    alone, spread = mj.load(tmp_path, dtype="float32"), mj.load(tmp_path, dtype="float32", mesh=mesh)
+    tokens = tiny.tokens(config, 2, 40)
+    np.testing.assert_allclose(spread.logits(tokens), alone.logits(tokens), atol=2e-5)
+    prompts = [tokens[0, :9].tolist(), tokens[1, :3].tolist(), tokens[1, :17].tolist()]
+    expected = alone.generate(prompts, max_new_tokens=24, stop_at_eos=False)
+    assert spread.generate(prompts, max_new_tokens=24, stop_at_eos=False) == expected
+    assert spread.generate(prompts[:1], max_new_tokens=24, stop_at_eos=False) == expected[:1]
+    parts = math.prod(sizes.get(axis, 1) for axis in ("fsdp", "expert", "tensor"))
+    layer = spread._weights.layers[1]
+    up = layer["prepared"]["moe"]["experts"][3].up if family == "mixtral" else layer["params"]["feed_forward"]["up"]
+    assert {shard.data.shape for shard in up.addressable_shards} == {(config.dim, config.hidden_dim // parts)}
+    assert {shard.data.shape[0] for shard in spread._weights.embedding_VD.addressable_shards} == {40 // parts}
+    chex.assert_trees_all_equal(spread.params, alone.params)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
+    config = tiny.config("mixtral")
+    huggingface.to_huggingface(config, tiny.params(config)).save_pretrained(tmp_path)
+    monkeypatch.setattr("mixtral_jax.checkpoints.source.ArchiveSource.read", None)
+    mesh = jax.make_mesh((4,), ("tensor",), devices=jax.devices()[:4])
+    with pytest.raises(mj.InputError, match=r"(?s)mesh = 'tensor=4': .*of layers.0.attention.key is 2, .*layers.1"):
+        mj.load(tmp_path, mesh=mesh)
+    with pytest.raises(mj.InputError, match="mesh = 'model': no axis of this name; the axes are data, fsdp, expert"):
+        mj.load(tmp_path, mesh=jax.make_mesh((2,), ("model",), devices=jax.devices()[:2]))
 
 
 def test_only_what_is_public_is_there():

@@ -17,6 +17,12 @@ from mixtral_jax.model.cache import Cache, view
 from mixtral_jax.model.norm import RMSNorm
 from mixtral_jax.model.rope import rotation
 from mixtral_jax.model.transformer import Block
+from mixtral_jax.sharding.axes import Names
+from mixtral_jax.sharding.partition import constrain
+from mixtral_jax.sharding.rules import DECODING
+
+CACHE_AXES: Names = (None, None, "kv_heads", "head_dim")
+"""Of a layer's keys and values."""
 
 
 def forward(
@@ -43,12 +49,12 @@ def forward(
         window_view, cache, position_BT = view(cache, real_BT, config.sliding_window, fresh)
     angles = rotation(position_BT, config.head_dim, config.rope_theta)
     context = Context(angles, real_BT, view=window_view)
-    block = Block(config, execution)
+    block = Block(config, execution, rules=DECODING)
     x_BTD = weights.embedding_VD[tokens_BT].astype(execution.activation_dtype)
     layers = []
     for index, variables in enumerate(weights.layers):
         x_BTD, (_, layer) = block.apply(variables, x_BTD, context, None if cache is None else cache.layers[index])
-        layers.append(layer)
+        layers.append(jax.tree.map(lambda each: constrain(each, CACHE_AXES, DECODING), layer))
     x_BTD = RMSNorm(config.norm_eps).apply({"params": weights.norm}, x_BTD)
     return x_BTD, None if cache is None else cache._replace(layers=tuple(layers))
 

@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.errors import InputError
-from mixtral_jax.inference.decode import DecodeState, decode, first_token, prefill
+from mixtral_jax.inference.decode import CACHE_AXES, DecodeState, decode, first_token, prefill
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.weights import Prepared
-from mixtral_jax.model.cache import empty_cache, num_slots
+from mixtral_jax.model.cache import Cache, empty_cache, num_slots
+from mixtral_jax.sharding.mesh import current_mesh
+from mixtral_jax.sharding.rules import DECODING
 
 PREFILL_CHUNK = 512
 _SMALLEST_BUCKET = 16
@@ -55,7 +58,7 @@ def start(
     check_prompts(prompts, max_new_tokens, config)
     longest = max(len(prompt) for prompt in prompts)
     slots = num_slots(config, bucket(longest + max_new_tokens))
-    cache = empty_cache(config, len(prompts), slots, execution.product_dtype)
+    cache = _on_mesh(empty_cache(config, len(prompts), slots, execution.product_dtype))
     last_BD = jnp.zeros((len(prompts), config.dim), execution.activation_dtype)
     for begin in range(0, longest, prefill_chunk):
         size = min(prefill_chunk, bucket(longest - begin))
@@ -115,6 +118,16 @@ def generate(
             stop_ids=stop_ids,
         )
         yield state
+
+
+def _on_mesh(cache: Cache) -> Cache:
+    """The cache laid out over the current mesh, as the programs leave it."""
+    if current_mesh() is None:
+        return cache
+    mesh = jax.sharding.get_mesh()
+    layers = jax.device_put(cache.layers, NamedSharding(mesh, DECODING.storage(CACHE_AXES)))
+    places = jax.device_put((cache.position_BR, cache.length_B), NamedSharding(mesh, PartitionSpec()))
+    return Cache(layers, *places)
 
 
 def outputs(state: DecodeState) -> list[list[int]]:

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.tensors import Tensor, assign, look_up, tensors
+from mixtral_jax.sharding.partition import check_divisible, place
+from mixtral_jax.sharding.rules import DECODING
 
 _EXPERT_WEIGHTS = ("gate", "up", "down")
 _FLOAT32 = ("scale", "router")
@@ -38,18 +41,32 @@ def prepare(params: Any, config: ModelConfig, execution: Execution) -> Prepared:
     return assemble(lambda tensor: look_up(params, tensor), config, execution)
 
 
-def assemble(read: Callable[[Tensor], Any], config: ModelConfig, execution: Execution) -> Prepared:
-    """The prepared form from single tensors, read and put on the device one after another.
+def assemble(
+    read: Callable[[Tensor], Any], config: ModelConfig, execution: Execution, mesh: Mesh | None = None
+) -> Prepared:
+    """The prepared form from single tensors, read and put on the devices one after another.
 
     Args:
       read: gives a tensor in our layout, in any float dtype.
+      mesh: where to put them, as DECODING says; None: on the default device.
+
+    Raises:
+      InputError: the mesh does not divide the model; nothing is read then.
     """
+    if mesh is not None:
+        wanted = {tensor.name: jax.ShapeDtypeStruct(tensor.shape, jnp.float32) for tensor in tensors(config)}
+        specs = {tensor.name: DECODING.storage(tensor.axes) for tensor in tensors(config)}
+        check_divisible(wanted, specs, mesh.shape)
     top: dict[str, Any] = {}
     layers: list[dict[str, Any]] = [{"params": {}} for _ in range(config.num_layers)]
     experts: dict[tuple[int, int], dict[str, jax.Array]] = {}
     for tensor in tensors(config):
         dtype = jnp.float32 if tensor.path[-1] in _FLOAT32 else execution.product_dtype
-        array = jnp.asarray(np.asarray(read(tensor)).astype(dtype, copy=False))
+        whole = np.asarray(read(tensor))
+        if mesh is None:
+            array = jnp.asarray(whole.astype(dtype, copy=False))
+        else:
+            array = place(whole, tensor.axes, DECODING, mesh, dtype)
         if tensor.layer is None:
             assign(top, tensor.path, array)
         elif tensor.expert is None:

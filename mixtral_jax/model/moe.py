@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 from mixtral_jax.model.parameters import weight
 from mixtral_jax.model.routing import Statistics, route, statistics
 from mixtral_jax.sharding.mesh import current_mesh
-from mixtral_jax.sharding.partition import over_tokens
+from mixtral_jax.sharding.partition import over_parts, over_tokens
 from mixtral_jax.sharding.rules import Rules
 
 
@@ -106,7 +107,11 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(self.execution.product_dtype)
         expert_NA, gate_NA = (each.reshape(x_ND.shape[0], -1) for each in (expert_BTA, gate_BTA))
         experts = self.get_variable("prepared", "experts")
-        y_ND = by_need(x_ND, expert_NA, gate_NA, mask_BT.reshape(-1), experts, self.execution)
+        hidden = self.rules.mesh_axes("hidden")
+        tree: Any = SwiGLU  # of layouts, where it is declared as one of arrays
+        layout = tree(PartitionSpec(None, hidden), PartitionSpec(None, hidden), PartitionSpec(hidden))
+        serve = over_parts(partial(by_need, execution=self.execution), (layout,) * len(experts), hidden)
+        y_ND = serve(x_ND, expert_NA, gate_NA, mask_BT.reshape(-1), experts)
         return y_ND.reshape(x_BTD.shape), jnp.broadcast_to(mask_BT[..., None], expert_BTA.shape)
 
     def _weights(self, moe: MoEConfig) -> SwiGLU:
