@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import mixtral_jax as mj
+from mixtral_jax.checkpoints.opening import open_source
+from mixtral_jax.checkpoints.upcycle import Upcycled
+from mixtral_jax.inference.perplexity import windows
+from mixtral_jax.loading import from_source
 
 PROMPTS = (
     "The capital of France is",
@@ -65,3 +70,25 @@ def test_greedy_tokens_are_those_of_transformers(ours: mj.Model, theirs: PreTrai
         with torch.no_grad():
             logits_TV = theirs(torch.tensor([prompt + answer])).logits[0]
         assert logits_TV[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def test_perplexity_of_a_file_is_that_of_transformers(ours: mj.Model, theirs: PreTrainedModel):
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()[:3000]
+    ids = ours.tokenizer.encode(text, bos=True)
+    nats = 0.0
+    for begin, scored, end in windows(len(ids), 256, 128):
+        with torch.no_grad():
+            logits_TV = theirs(torch.tensor([ids[begin:end]])).logits[0].double()
+        cost = -torch.log_softmax(logits_TV, -1)[range(end - begin - 1), ids[begin + 1 : end]]
+        nats += float(cost[scored - begin - 1 :].sum())
+    found = ours.perplexity(text, window=256, stride=128)
+    assert found.tokens == len(ids) - 1 > 500
+    assert found.value == pytest.approx(np.exp(nats / found.tokens), rel=1e-4)
+
+
+def test_upcycled_to_8_experts_it_says_the_same(ours: mj.Model, prompts: list[list[int]]):
+    mixture = from_source(Upcycled(open_source(smollm.PATH), experts=8, experts_per_token=2), dtype="float32")
+    said = [prompt + answer for prompt, answer in zip(prompts, ours.generate(prompts, 64), strict=True)]
+    for ids, prompt in zip(said, prompts, strict=True):
+        likeliest = np.asarray(mixture.logits([ids + [0] * (128 - len(ids))])).argmax(-1)[0]
+        assert likeliest[len(prompt) - 1 : len(ids) - 1].tolist() == ids[len(prompt) :]

@@ -7,7 +7,7 @@ from jax.sharding import AxisType
 from mixtral_jax.config import build
 from mixtral_jax.errors import InputError
 from mixtral_jax.sharding.axes import MESH_AXES
-from mixtral_jax.sharding.mesh import MeshConfig, current_mesh, make_mesh
+from mixtral_jax.sharding.mesh import MeshConfig, completed, current_mesh, make_mesh
 
 
 def test_axes():
@@ -80,6 +80,15 @@ def test_refuses(table, message):
 def test_loading_refuses(table, message):
     with pytest.raises(InputError, match=message):
         build(MeshConfig, table)
+
+
+def test_completed_has_every_axis_and_the_same_neighbours():
+    mesh = jax.make_mesh((4, 2), ("tensor", "data"))
+    whole = completed(mesh)
+    assert dict(whole.shape) == {"data": 2, "fsdp": 1, "expert": 1, "context": 1, "tensor": 4}
+    assert whole.devices[1, 0, 0, 0, 3] == mesh.devices[3, 1]
+    with pytest.raises(InputError, match="mesh = 'model': no axis of this name; the axes are data, fsdp"):
+        completed(jax.make_mesh((8,), ("model",)))
 
 
 def test_current_mesh():

@@ -12,8 +12,8 @@ from oracles import tiny
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.transformer import abstract_params
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
-from mixtral_jax.sharding.partition import constrain, named_shardings, over_tokens, use_weight
-from mixtral_jax.sharding.rules import TRAINING
+from mixtral_jax.sharding.partition import constrain, named_shardings, over_parts, over_tokens, place, use_weight
+from mixtral_jax.sharding.rules import DECODING, TRAINING
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,30 @@ def test_over_tokens_sees_its_own_shard(mesh):
         spread = over_tokens(shard_sum, TRAINING.use(("batch", "length")), P())
         sums = jax.jit(spread)(jnp.ones((16, 4)), jnp.zeros(()))
     np.testing.assert_array_equal(sums, np.full((16, 4), 2 * 4))
+
+
+def test_over_parts_sums_the_parts_of_a_product(mesh):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 5), (5, 8, 4)))
+
+    def function(x, weights):
+        return jnp.einsum("nd,dfk->nk", x, weights[0])
+
+    layout = (P(None, ("fsdp", "expert", "tensor")),)
+    assert over_parts(function, layout, ("fsdp",)) is function
+    with jax.set_mesh(mesh):
+        spread = jax.jit(over_parts(function, layout, ("fsdp", "expert", "tensor")))
+        np.testing.assert_allclose(spread(x, (w,)), function(x, (w,)), atol=1e-5)
+        assert spread.lower(x, (w,)).compile().as_text().count("all-reduce(") == 1
+
+
+def test_place_gives_each_shard_its_part_alone(mesh):
+    array = np.arange(64.0).reshape(8, 8)
+    placed = place(array, ("embed", "hidden"), DECODING, mesh, jnp.bfloat16)
+    assert placed.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(placed, array)
+    parts = mesh.size // mesh.shape["data"] // mesh.shape["context"]
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(8, 8 // parts)}
 
 
 def test_the_names_of_boxes_survive_the_layer_scan():

@@ -8,13 +8,14 @@ from oracles import tiny
 
 from mixtral_jax.model.transformer import abstract_params
 from mixtral_jax.sharding.axes import LOGICAL_AXES, MESH_AXES
-from mixtral_jax.sharding.rules import TRAINING, Rules
+from mixtral_jax.sharding.rules import DECODING, TRAINING, Rules
 
 
-def test_training_covers_every_axis_once():
-    names = [name for name, _ in TRAINING.table]
+@pytest.mark.parametrize("rules", [TRAINING, DECODING], ids=["training", "decoding"])
+def test_a_table_covers_every_axis_once(rules):
+    names = [name for name, _ in rules.table]
     assert sorted(names) == sorted(LOGICAL_AXES)
-    assert {axis for _, axes in TRAINING.table for axis in axes} <= set(MESH_AXES)
+    assert {axis for _, axes in rules.table for axis in axes} <= set(MESH_AXES)
 
 
 def test_refuses_a_table_with_gaps():
