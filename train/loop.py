@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from mixtral_jax.checkpoints.run import TOKENIZER
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.transformer import Transformer, count_parameters
 from mixtral_jax.sharding.mesh import make_mesh
@@ -73,7 +72,7 @@ def train(config: TrainConfig, folder: Path, progress: Progress) -> Ending:
     with RunFolder(folder, config), Signals() as signals, Checkpoints(folder, config.keep_checkpoints) as checkpoints:
         progress.start(config, mesh_config, count_parameters(config.model))
         data = prepare(config.data, config.model.vocab_size, progress.reading)
-        data.tokenizer.save(folder / TOKENIZER)
+        data.tokenizer.save_into(folder, "native")
         progress.data(data, config)
         mesh = make_mesh(mesh_config)
         state = restore_or_init(config, mesh, checkpoints)

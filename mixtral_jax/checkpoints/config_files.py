@@ -14,13 +14,21 @@ from mixtral_jax.errors import InputError, nearest
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError naming it."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise InputError(str(path), None, f"can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(str(path), None, f"not JSON: {error}") from None
     if not isinstance(table, dict):
         raise InputError(str(path), None, "a JSON object is wanted")
+    return table
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"{twice!r} stands twice")
     return table
 
 

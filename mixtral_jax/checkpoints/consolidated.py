@@ -89,7 +89,7 @@ def read_params_json(path: Path, archive: Archive) -> tuple[ModelConfig, list[st
         if table.get(key):
             raise InputError(f"{path}: {key}", table[key], "a model with this is not supported")
     moe = table.get("moe") or {}
-    if not isinstance(moe, dict):
+    if not isinstance(moe, dict) or (moe and not moe.keys() & {"num_experts", "num_experts_per_tok"}):
         raise InputError(f"{path}: moe", moe, "a table with num_experts and num_experts_per_tok is wanted")
     values = {name: table.get(key) for name, key in _KEYS.items() if not name.startswith("moe.")}
     values |= {f"moe.{name}": moe.get(_KEYS[f"moe.{name}"][4:]) for name in ("num_experts", "experts_per_token")}

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -74,16 +74,26 @@ def convert(
     announced = [(tensor, DTYPES[dtype] if dtype else source.dtype(tensor)) for tensor in source.tensors]
     partial = _begin(source, target, to, announced)
     total, done = sum(_size(*each) for each in announced), 0
-    with closing(_writer(partial, to, source.config, announced)) as writer:
+    with _told_of_the_disk(partial), closing(_writer(partial, to, source.config, announced)) as writer:
         for tensor, kind in announced:
             if not writer.has(tensor):
-                writer.write(tensor, source.read(tensor).astype(kind, copy=False))
+                writer.write(tensor, _cast(source.read(tensor), kind, tensor))
             done += _size(tensor, kind)
             progress(done, total)
         writer.finish(source.tokenizer())
     for name in (_PLAN, _PROGRESS):
         (partial / name).unlink(missing_ok=True)
     os.rename(partial, target)
+
+
+@contextmanager
+def _told_of_the_disk(folder: Path) -> Iterator[None]:
+    """Turns what the system says of a disk that is full or can't be written into a message."""
+    try:
+        yield
+    except OSError as error:
+        again = "what was written stays, and the same command goes on with it"
+        raise InputError("DST", str(folder), f"can't be written: {error.strerror or error}; {again}") from None
 
 
 def _begin(source: Source, target: Path, to: Format, announced: list[tuple[Tensor, np.dtype]]) -> Path:
@@ -119,6 +129,15 @@ def _writer(folder: Path, to: Format, config: ModelConfig, announced: list[tuple
     if to == "native":
         return NativeWriter(folder, config, announced)
     return _SafetensorsFolder(folder, to, config, announced)
+
+
+def _cast(array: np.ndarray, kind: np.dtype, tensor: Tensor) -> np.ndarray:
+    """The array in another type. Raises InputError where values of it are too large for that."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(kind, copy=False)
+    if kind.itemsize < array.dtype.itemsize and np.isinf(cast).any() and not np.isinf(array).any():
+        raise InputError("--dtype", kind.name, f"values of {tensor.name} are too large for it; bfloat16 has room")
+    return cast
 
 
 def _size(tensor: Tensor, dtype: np.dtype) -> int:

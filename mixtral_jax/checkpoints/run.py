@@ -1,7 +1,7 @@
 """A training run's folder: its layout, and its checkpoints as Orbax writes them, whose commits are atomic.
 
 config.toml        the resolved config; its section `model` is the ModelConfig
-tokenizer.model
+tokenizer.model    or tokenizer.json, and what belongs to it
 checkpoints/STEP/  params and optimizer, an item each, so that inference reads the weights alone
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ from flax import linen as nn
 from mixtral_jax.checkpoints.source import FLOAT32, Source
 from mixtral_jax.config import ModelConfig, build
 from mixtral_jax.errors import InputError
-from mixtral_jax.model.tensors import Tensor, look_up
+from mixtral_jax.model.tensors import Tensor, assign, look_up
 from mixtral_jax.model.transformer import abstract_params
-from mixtral_jax.text.files import load_tokenizer
+from mixtral_jax.text.files import find_tokenizer, load_tokenizer
 from mixtral_jax.text.tokenizer import Tokenizer
 
 CONFIG = "config.toml"
-TOKENIZER = "tokenizer.model"
 CHECKPOINTS = "checkpoints"
 PARAMS = "params"
 OPTIMIZER = "optimizer"
@@ -80,8 +79,22 @@ class RunSource(Source):
         super().__init__(folder, "training run", read_run_config(folder))
 
     @cached_property
-    def _params(self) -> Any:
-        return read_params(self.path, self.config)[0]
+    def _step(self) -> int:
+        with open_manager(self.path) as manager:
+            steps = sorted(manager.all_steps())
+        if not steps:
+            raise InputError(str(self.path), None, "no checkpoint yet")
+        return steps[-1]
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def _leaf(self, path: tuple[str, ...]) -> np.ndarray:
+        """One leaf, its layers stacked: the tensors are asked for leaf after leaf."""
+        target: dict[str, Any] = {}
+        assign(target, path, ocp.RestoreArgs(restore_type=np.ndarray))
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            folder = (self.path / CHECKPOINTS / str(self._step) / PARAMS).absolute()
+            arguments = ocp.args.PyTreeRestore(item=target, restore_args=target, partial_restore=True)
+            return look_up(checkpointer.restore(folder, args=arguments), Tensor(path, (), (), ()))
 
     def problems(self) -> list[str]:
         """See Source; Orbax compares the shapes when it reads."""
@@ -96,10 +109,9 @@ class RunSource(Source):
         return "F32"
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """See Source; the first call reads the whole checkpoint."""
-        return np.asarray(look_up(self._params, tensor))
+        """See Source."""
+        return self._leaf(tensor.path)[tensor.index]
 
     def tokenizer(self) -> Tokenizer | None:
         """See Source."""
-        path = self.path / TOKENIZER
-        return load_tokenizer(path) if path.is_file() else None
+        return load_tokenizer(self.path) if find_tokenizer(self.path) else None

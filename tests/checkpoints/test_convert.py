@@ -1,7 +1,9 @@
 """Conversions: bit for bit, with bounded memory, gone on with after a failure."""
 
+import errno
 import itertools
 import json
+import os
 import shutil
 import tracemalloc
 from typing import get_args
@@ -116,6 +118,29 @@ def test_transformers_loads_what_we_write_bit_for_bit(tmp_path, monkeypatch, fam
     assert loaded.dtype == torch.float32
     tokens = tiny.tokens(config, 2, 16)
     np.testing.assert_array_equal(oracle.logits(loaded, tokens), oracle.logits(model, tokens))
+
+
+def test_values_that_a_shorter_type_has_no_room_for(tmp_path):
+    source = Memory(tiny.config("mistral"), tmp_path)
+    source.read = lambda tensor: np.full(tensor.shape, 1e6, np.float32)
+    with pytest.raises(InputError, match="--dtype = 'float16': values of embedding are too large for it"):
+        convert(source, tmp_path / "short", "native", "float16")
+    convert(source, tmp_path / "wide", "native", "bfloat16")
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_disk_that_fills_up(saved, tmp_path, monkeypatch, to):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = module.NativeWriter if to == "native" else module.SafetensorsWriter
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write", full)
+        with pytest.raises(InputError, match=r"out\.partial': can't be written: No space left on device; what"):
+            convert(open_source(saved), tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+    convert(open_source(saved), tmp_path / "out", to)
+    assert_same(open_source(saved), open_source(tmp_path / "out"))
 
 
 def test_several_files_and_their_index(saved, tmp_path, monkeypatch):

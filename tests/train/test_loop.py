@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from toy_run import train
 
+import mixtral_jax as mj
 from mixtral_jax.checkpoints.run import read_params
 from mixtral_jax.errors import InputError
+from mixtral_jax.text.files import load_tokenizer
 from mixtral_jax.train import config as configs
 from mixtral_jax.train import loop
 from mixtral_jax.train.metrics import METRICS, ROUTING, VALIDATION, read
@@ -122,3 +124,13 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(toy_config, tmp_path
         train(toy_config, tmp_path / "run")
     _, step = read_params(tmp_path / "run", configs.load(toy_config).model)
     assert step == 4
+
+
+def test_a_tokenizer_of_another_kind_stays_what_it_is(whole, toy_config, tmp_path):
+    """A tokenizer.json, given to a run, is the one that its model speaks with."""
+    load_tokenizer(whole[0]).save_into(tmp_path / "tokenizer", "huggingface")
+    (tmp_path / "tokenizer" / "tokenizer.model").unlink()
+    given = tmp_path / "tokenizer" / "tokenizer.json"
+    train(toy_config, tmp_path / "run", steps=1, **{"data.tokenizer": json.dumps(str(given))})
+    assert not (tmp_path / "run" / "tokenizer.model").exists()
+    assert mj.load(tmp_path / "run").tokenizer.encode("def f") == load_tokenizer(given).encode("def f")
