@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from mixtral_jax.inference.sampling import Form, Values, sample
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.attention import Context
 from mixtral_jax.model.backends.products import einsum
-from mixtral_jax.model.cache import Cache, view
+from mixtral_jax.model.cache import Cache, LayerCache, view
 from mixtral_jax.model.norm import RMSNorm
 from mixtral_jax.model.rope import rotation
 from mixtral_jax.model.transformer import Block
@@ -49,14 +49,29 @@ def forward(
         window_view, cache, position_BT = view(cache, real_BT, config.sliding_window, fresh)
     angles = rotation(position_BT, config.head_dim, config.rope_theta)
     context = Context(angles, real_BT, view=window_view)
-    block = Block(config, execution, rules=DECODING)
     x_BTD = weights.embedding_VD[tokens_BT].astype(execution.activation_dtype)
     layers = []
     for index, variables in enumerate(weights.layers):
-        x_BTD, (_, layer) = block.apply(variables, x_BTD, context, None if cache is None else cache.layers[index])
-        layers.append(jax.tree.map(lambda each: constrain(each, CACHE_AXES, DECODING), layer))
+        layer = None if cache is None else cache.layers[index]
+        x_BTD, layer = _layer(variables, x_BTD, context, layer, config=config, execution=execution)
+        layers.append(layer)
     x_BTD = RMSNorm(config.norm_eps).apply({"params": weights.norm}, x_BTD)
     return x_BTD, None if cache is None else cache._replace(layers=tuple(layers))
+
+
+@partial(jax.jit, static_argnames=("config", "execution"))
+def _layer(
+    variables: Any,
+    x_BTD: jax.Array,
+    context: Context,
+    cache: LayerCache | None,
+    *,
+    config: ModelConfig,
+    execution: Execution,
+) -> tuple[jax.Array, LayerCache | None]:
+    """One layer; jitted, so that it's traced once for all of them, which otherwise takes longer than to compile."""
+    x_BTD, (_, cache) = Block(config, execution, rules=DECODING).apply(variables, x_BTD, context, cache)
+    return x_BTD, jax.tree.map(lambda each: constrain(each, CACHE_AXES, DECODING), cache)
 
 
 def unembed(weights: Prepared, hidden_BTD: jax.Array, execution: Execution) -> jax.Array:

@@ -11,6 +11,8 @@ those are still there. The bytes don't depend on how long the text is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -44,7 +46,9 @@ class Cache(NamedTuple):
         return self.position_BR.shape[1]
 
 
-class View(NamedTuple):
+@partial(jax.tree_util.register_dataclass, data_fields=("slot_BT", "visible_BTS"), meta_fields=("chunk_is_apart",))
+@dataclass(frozen=True)
+class View:
     """Where a chunk's tokens go and what they see, the same for all layers."""
 
     slot_BT: jax.Array
