@@ -90,10 +90,11 @@ def _print(report: dict) -> None:
     console.print(config)
     console.print(f"\n{report['parameters']:,} parameters, {report['active_parameters']:,} active a token\n")
     cache = report["cache"]
-    memory = Table("dtype", "weights GB", f"cache GB, {cache['batch']} x {cache['length']} tokens", box=None)
+    texts = f"{cache['batch']} x {cache['length']}"
+    memory = Table("dtype", "weights GB", f"cache GB, {texts} tokens", "together GB", box=None)
     for dtype, size in report["weight_bytes"].items():
-        of_cache = f"{cache['bytes'][dtype] / 1e9:.3f}" if dtype in cache["bytes"] else ""
-        memory.add_row(dtype, f"{size / 1e9:.3f}", of_cache)
+        of_cache = cache["bytes"].get(dtype, cache["bytes"]["bfloat16"])  # short weights have a bfloat16 cache
+        memory.add_row(dtype, *(f"{value / 1e9:.3f}" for value in (size, of_cache, size + of_cache)))
     console.print(memory)
     console.print(f"the cache holds {cache['slots']} tokens a text, {cache['bytes_a_token']['bfloat16']:,} bytes each")
     for note in report.get("notes", []):

@@ -1,7 +1,12 @@
 """What `open_source` says of a path that is no model."""
 
+from fnmatch import fnmatch
+
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
+from oracles import huggingface as oracle
+from oracles import tiny
 
 from mixtral_jax.checkpoints.opening import open_source
 from mixtral_jax.errors import InputError
@@ -46,3 +51,22 @@ def test_a_hub_id_that_cannot_be_had(name, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"no such folder, and it can't be had from the hub: ."):
         open_source(name)
+
+
+def test_a_hub_id_is_what_was_downloaded(tmp_path, monkeypatch):
+    config = tiny.config("mistral")
+    oracle.to_huggingface(config, tiny.params(config)).save_pretrained(tmp_path)
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert open_source("mistralai/Mistral-7B-v0.1").config == config
+    assert asked["name"] == "mistralai/Mistral-7B-v0.1"
+    wanted = {"config.json", "model-00001-of-00002.safetensors", "tokenizer.model.v3", "model.safetensors.index.json"}
+    for file in wanted | {"pytorch_model.bin", "consolidated.00.pth", "consolidated.safetensors"}:
+        taken = any(fnmatch(file, pattern) for pattern in asked["allow_patterns"])
+        left = any(fnmatch(file, pattern) for pattern in asked["ignore_patterns"])
+        assert (taken and not left) == (file in wanted), file
