@@ -20,6 +20,7 @@ from mixtral_jax.inference.perplexity import DEFAULT_WINDOW, Perplexity, perplex
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.scoring import Scores, score
 from mixtral_jax.inference.weights import Prepared, assemble, restore
+from mixtral_jax.quantization import check_bits
 from mixtral_jax.sharding.mesh import completed
 from mixtral_jax.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -39,7 +40,8 @@ def load(
       path: a Hugging Face folder, one of Mistral's with params.json, a GGUF file, a checkpoint that `convert` wrote,
         the folder of a training run, whose newest checkpoint is taken, or the id of a model on the Hugging Face hub.
       dtype: of the matrices and of products' operands; products accumulate in float32.
-      quantize: not supported yet; None.
+      quantize: the layers' matrices and the unembedding as int8, a scale a channel, or as int4, a scale a group; each
+        tensor as it is read.
       mesh: the devices to spread the weights over, with any of the axes `fsdp`, `expert` and `tensor`: heads lie over
         `tensor`, feed-forwards, experts and the vocabulary over all three. A tensor goes to its shards as it is read.
 
@@ -48,19 +50,21 @@ def load(
     """
     if dtype not in ("bfloat16", "float32"):
         raise InputError("dtype", dtype, "'bfloat16' or 'float32'")
-    if quantize is not None:
-        raise InputError("quantize", quantize, "only None is supported in this version")
-    return from_source(open_source(path), dtype, mesh)
+    return from_source(open_source(path), dtype, mesh, quantize)
 
 
 def from_source(
-    source: Source, dtype: Literal["bfloat16", "float32"] = "bfloat16", mesh: jax.sharding.Mesh | None = None
+    source: Source,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    mesh: jax.sharding.Mesh | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
 ) -> Model:
     """The model of a source. Raises InputError where its tensors don't fit its config or are damaged."""
+    bits = check_bits(quantize)
     source.check()
     execution = Execution(product_dtype=dtype)
     mesh = None if mesh is None else completed(mesh)
-    weights = assemble(source.read, source.config, execution, mesh)
+    weights = assemble(source.read, source.config, execution, mesh, bits)
     return Model(source.config, weights, execution, source.tokenizer(), mesh)
 
 

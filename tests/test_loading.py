@@ -100,7 +100,6 @@ def test_refuses(model, call, message):
         ({"path": "nowhere"}, "model = 'nowhere': no such file or folder"),
         ({"path": "."}, "none of the kinds is in this folder"),
         ({"path": ".", "dtype": "float16"}, "dtype = 'float16': 'bfloat16' or 'float32'"),
-        ({"path": ".", "quantize": "int8"}, "quantize = 'int8': only None"),
     ],
 )
 def test_load_refuses(arguments, message):

@@ -33,6 +33,7 @@ def chat(
         typer.Option("--format", help="How conversations are written. Default: as the tokenizer's model was trained."),
     ] = None,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    quantize: platform.Quantize = None,
     device: platform.Device = None,
 ) -> None:
     """Talk to a model."""
@@ -44,7 +45,9 @@ def chat(
     sampling = SamplingConfig(repetition_penalty=repetition_penalty, temperature=temperature, top_p=top_p)
     source = open_source(model)
     print_notes(source.notes)
-    conversation = Conversation(from_source(source, dtype), system, sampling, max_new_tokens, seed, format_)
+    conversation = Conversation(
+        from_source(source, dtype, quantize=quantize), system, sampling, max_new_tokens, seed, format_
+    )
     typer.echo(HELP)
     while (line := _ask()) is not None:
         try:

@@ -28,6 +28,7 @@ def evaluate(
     allow_code: Annotated[bool, typer.Option(help="Run what the model writes, as HumanEval does.")] = False,
     output: Annotated[Path | None, typer.Option(help="A file for all that the harness reports, as JSON.")] = None,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    quantize: platform.Quantize = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
     device: platform.Device = None,
 ) -> None:
@@ -44,7 +45,7 @@ def evaluate(
     source = open_source(model)
     print_notes(source.notes)
     length = max_length or min(4096, source.config.max_position)
-    wrapped = harness.HarnessModel(from_source(source, dtype), batch_size, length)
+    wrapped = harness.HarnessModel(from_source(source, dtype, quantize=quantize), batch_size, length)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     results = harness.evaluate(wrapped, names, num_fewshot, limit, include, allow_code)
     if output is not None:

@@ -23,6 +23,7 @@ def generate(
     stop: Annotated[list[str], typer.Option(help="A string that ends the text.")] = [],  # noqa: B006
     stop_at_eos: Annotated[bool, typer.Option(help="Whether the end-of-text token ends it.")] = True,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    quantize: platform.Quantize = None,
     device: platform.Device = None,
 ) -> None:
     """Continue a prompt; prints the prompt and what follows as it comes."""
@@ -36,7 +37,7 @@ def generate(
     )
     source = open_source(model)
     print_notes(source.notes)
-    loaded = from_source(source, dtype)
+    loaded = from_source(source, dtype, quantize=quantize)
     typer.echo(prompt, nl=False)
     shown = 0
     for (text,) in loaded.stream([prompt], max_new_tokens, sampling, seed, stop, stop_at_eos):

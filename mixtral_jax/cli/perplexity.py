@@ -19,6 +19,7 @@ def perplexity(
     window: Annotated[int | None, typer.Option(help="Tokens read at a time. Default: 2048, or the model's.")] = None,
     stride: Annotated[int | None, typer.Option(help="From one window to the next. Default: half a window.")] = None,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    quantize: platform.Quantize = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
     device: platform.Device = None,
 ) -> None:
@@ -32,7 +33,7 @@ def perplexity(
     source = open_source(model)
     print_notes(source.notes)
     size = window or min(DEFAULT_WINDOW, source.config.max_position)
-    loaded = from_source(source, dtype)
+    loaded = from_source(source, dtype, quantize=quantize)
     with bar("scoring") as progress:
         found = loaded.perplexity(text, size, stride or size // 2, progress)
     if as_json:

@@ -17,6 +17,10 @@ Device: TypeAlias = Annotated[
     typer.Option(help="The devices to use; fails where there are none. By default the fastest kind that is there."),
 ]
 
+Quantize: TypeAlias = Annotated[
+    Literal["int8", "int4"] | None, typer.Option(help="Round the layers' matrices to so many bits as they are read.")
+]
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 

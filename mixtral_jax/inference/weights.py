@@ -13,10 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from mixtral_jax.config import Execution, ModelConfig
+from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.tensors import Tensor, assign, look_up, tensors
+from mixtral_jax.quantization import Bits, is_quantized, quantize, scale_shape
+from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.partition import check_divisible, place
 from mixtral_jax.sharding.rules import DECODING
 
@@ -30,9 +34,10 @@ class Prepared(NamedTuple):
 
     embedding_VD: jax.Array
     layers: tuple[Any, ...]
-    """For each layer the variables of a Block: its `params`, and for a Mixtral `prepared` experts."""
+    """For each layer the variables of a Block: its `params`, and `prepared` what has another form: the experts of a
+    mixture, and what is quantised."""
     norm: Any
-    unembedding_DV: jax.Array | None
+    unembedding_DV: jax.Array | Quantized | None
     """None where the embeddings are tied."""
 
 
@@ -42,46 +47,81 @@ def prepare(params: Any, config: ModelConfig, execution: Execution) -> Prepared:
 
 
 def assemble(
-    read: Callable[[Tensor], Any], config: ModelConfig, execution: Execution, mesh: Mesh | None = None
+    read: Callable[[Tensor], Any],
+    config: ModelConfig,
+    execution: Execution,
+    mesh: Mesh | None = None,
+    quantize_to: Bits | None = None,
 ) -> Prepared:
     """The prepared form from single tensors, read and put on the devices one after another.
 
     Args:
       read: gives a tensor in our layout, in any float dtype.
       mesh: where to put them, as DECODING says; None: on the default device.
+      quantize_to: the bits of the layers' matrices and of the unembedding; None: the dtype of products.
 
     Raises:
       InputError: the mesh does not divide the model; nothing is read then.
     """
     if mesh is not None:
-        wanted = {tensor.name: jax.ShapeDtypeStruct(tensor.shape, jnp.float32) for tensor in tensors(config)}
-        specs = {tensor.name: DECODING.storage(tensor.axes) for tensor in tensors(config)}
-        check_divisible(wanted, specs, mesh.shape)
+        _check_divides(config, mesh, quantize_to)
     top: dict[str, Any] = {}
     layers: list[dict[str, Any]] = [{"params": {}} for _ in range(config.num_layers)]
-    experts: dict[tuple[int, int], dict[str, jax.Array]] = {}
+    experts: dict[tuple[int, int], dict[str, Any]] = {}
     for tensor in tensors(config):
-        dtype = jnp.float32 if tensor.path[-1] in _FLOAT32 else execution.product_dtype
-        whole = np.asarray(read(tensor))
-        if mesh is None:
-            array = jnp.asarray(whole.astype(dtype, copy=False))
-        else:
-            array = place(whole, tensor.axes, DECODING, mesh, dtype)
+        leaf = _put(np.asarray(read(tensor)), tensor, execution, mesh, quantize_to)
         if tensor.layer is None:
-            assign(top, tensor.path, array)
+            assign(top, tensor.path, leaf)
         elif tensor.expert is None:
-            assign(layers[tensor.layer]["params"], tensor.path[1:], array)
+            form = "prepared" if isinstance(leaf, Quantized) else "params"
+            assign(layers[tensor.layer].setdefault(form, {}), tensor.path[1:], leaf)
         else:
-            experts.setdefault((tensor.layer, tensor.expert), {})[tensor.path[-1]] = array
+            experts.setdefault((tensor.layer, tensor.expert), {})[tensor.path[-1]] = leaf
     if config.moe is not None:
         for index, layer in enumerate(layers):
             each = tuple(SwiGLU(**experts[index, number]) for number in range(config.moe.num_experts))
-            layer["prepared"] = {"moe": {"experts": each}}
+            assign(layer.setdefault("prepared", {}), ("moe", "experts"), each)
     return Prepared(top["embedding"], tuple(layers), top["norm"], top.get("unembedding"))
 
 
+def _put(
+    whole: np.ndarray, tensor: Tensor, execution: Execution, mesh: Mesh | None, quantize_to: Bits | None
+) -> jax.Array | Quantized:
+    """A tensor on the devices, in the form that is computed with."""
+    if quantize_to is not None and is_quantized(tensor):
+        return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh), quantize(whole, tensor, quantize_to))
+    dtype = jnp.float32 if tensor.path[-1] in _FLOAT32 else execution.product_dtype
+    return _on_devices(whole.astype(dtype, copy=False) if mesh is None else whole, tensor, mesh, dtype)
+
+
+def _on_devices(array: np.ndarray, tensor: Tensor, mesh: Mesh | None, dtype: DTypeLike | None = None) -> jax.Array:
+    if mesh is None:
+        return jnp.asarray(array)
+    return place(array, _axes(tensor, array.shape), DECODING, mesh, dtype or array.dtype)
+
+
+def _axes(tensor: Tensor, shape: tuple[int, ...]) -> Names:
+    """The axes of a tensor, or of its scales, which have nothing to split where they have one value."""
+    return tuple(None if size == 1 else name for name, size in zip(tensor.axes, shape, strict=True))
+
+
+def _check_divides(config: ModelConfig, mesh: Mesh, quantize_to: Bits | None) -> None:
+    shapes = {tensor.name: (tensor, tensor.shape) for tensor in tensors(config)}
+    if quantize_to is not None:
+        scales = {f"{name} (scales)": tensor for name, (tensor, _) in shapes.items() if is_quantized(tensor)}
+        shapes |= {name: (tensor, scale_shape(tensor, quantize_to)) for name, tensor in scales.items()}
+    wanted = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (_, shape) in shapes.items()}
+    specs = {name: DECODING.storage(_axes(tensor, shape)) for name, (tensor, shape) in shapes.items()}
+    check_divisible(wanted, specs, mesh.shape)
+
+
 def restore(prepared: Prepared) -> Any:
-    """The public tree again, layers and experts stacked, in the dtypes that were prepared."""
+    """The public tree again, layers and experts stacked, in the dtypes prepared; float32 where quantised."""
+    prepared = jax.tree.map(
+        lambda leaf: leaf.dequantized() if isinstance(leaf, Quantized) else leaf,
+        prepared,
+        is_leaf=lambda leaf: isinstance(leaf, Quantized),
+    )
     layers = [_public_layer(layer) for layer in prepared.layers]
     params = {
         "embedding": prepared.embedding_VD,
@@ -92,8 +132,10 @@ def restore(prepared: Prepared) -> Any:
 
 
 def _public_layer(layer: dict[str, Any]) -> dict[str, Any]:
-    if "prepared" not in layer:
-        return layer["params"]
-    experts = layer["prepared"]["moe"]["experts"]
-    stacked = {name: jnp.stack([getattr(each, name) for each in experts]) for name in _EXPERT_WEIGHTS}
-    return {**layer["params"], "moe": {**layer["params"]["moe"], **stacked}}
+    public = {name: dict(leaves) for name, leaves in layer["params"].items()}
+    for name, leaves in layer.get("prepared", {}).items():
+        experts = leaves.get("experts")
+        if experts is not None:
+            leaves = {each: jnp.stack([getattr(expert, each) for expert in experts]) for each in _EXPERT_WEIGHTS}
+        public.setdefault(name, {}).update(leaves)
+    return public

@@ -108,9 +108,7 @@ class MoE(nn.Module):
         expert_NA, gate_NA = (each.reshape(x_ND.shape[0], -1) for each in (expert_BTA, gate_BTA))
         experts = self.get_variable("prepared", "experts")
         hidden = self.rules.mesh_axes("hidden")
-        tree: Any = SwiGLU  # of layouts, where it is declared as one of arrays
-        layout = tree(PartitionSpec(None, hidden), PartitionSpec(None, hidden), PartitionSpec(hidden))
-        serve = over_parts(partial(by_need, execution=self.execution), (layout,) * len(experts), hidden)
+        serve = over_parts(partial(by_need, execution=self.execution), _layouts(experts, hidden), hidden)
         y_ND = serve(x_ND, expert_NA, gate_NA, mask_BT.reshape(-1), experts)
         return y_ND.reshape(x_BTD.shape), jnp.broadcast_to(mask_BT[..., None], expert_BTA.shape)
 
@@ -134,3 +132,19 @@ class MoE(nn.Module):
             shards=1 if mesh is None else mesh.shape["expert"],
         )
         return over_tokens(serve, self.rules.use(("batch", "length")), weights=PartitionSpec("expert"))
+
+
+def _layouts(experts: tuple[SwiGLU, ...], axes: tuple[str, ...]) -> Any:
+    """The layout of each leaf of prepared experts, whose hidden width is split over the axes.
+
+    Of a quantised matrix, scales that are the same for the whole width have nothing to split.
+    """
+
+    def layout(name: str, leaf: jax.Array) -> PartitionSpec:
+        hidden = 0 if name == "down" else 1
+        return PartitionSpec() if leaf.shape[hidden] == 1 else PartitionSpec(*[None] * hidden, axes)
+
+    return tuple(
+        SwiGLU(**{name: jax.tree.map(partial(layout, name), getattr(each, name)) for name in SwiGLU._fields})
+        for each in experts
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -14,11 +15,15 @@ INIT_STD = 0.02
 """Of every matrix, whatever its fan-in, as in the published models' configs (`initializer_range`)."""
 
 
-def weight(module: nn.Module, name: str, shape: tuple[int, ...], names: Names, rules: Rules) -> jax.Array:
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], names: Names, rules: Rules) -> Any:
     """Declares a float32 matrix of the module and returns it as a layer uses it: gathered, where it is stored in parts.
+
+    One that inference prepared in another form, such as Quantized, is returned as it is.
 
     Args:
       names: a logical axis for each dimension.
     """
+    if module.has_variable("prepared", name):
+        return module.get_variable("prepared", name)
     initializer = nn.with_logical_partitioning(nn.initializers.normal(INIT_STD), names)
     return use_weight(module.param(name, initializer, shape, jnp.float32), names, rules)

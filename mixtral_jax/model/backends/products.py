@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from mixtral_jax.model.backends.quantized import Quantized
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -31,7 +33,7 @@ class _Plan:
 
 
 def einsum(
-    spec: str, x: jax.Array, w: jax.Array, *, dtype: DTypeLike, result_dtype: DTypeLike | None = None
+    spec: str, x: jax.Array, w: jax.Array | Quantized, *, dtype: DTypeLike, result_dtype: DTypeLike | None = None
 ) -> jax.Array:
     """Contracts `x` with `w`, both cast to `dtype`, summing in float32.
 
@@ -40,7 +42,7 @@ def einsum(
         no ellipsis, and every letter of an operand is in the other operand or in the result.
       x: The left operand, usually activations. An x used by several products is best cast to `dtype` once, by the
         caller: each product saves its cast x for the backward pass.
-      w: The right operand, usually weights.
+      w: The right operand, usually weights; quantised ones have no gradient.
       dtype: What both operands, and in the backward pass the cotangent, are cast to: bfloat16 or float32. float32
         products are exact to float32 on every platform.
       result_dtype: The dtype of the result, float32 unless given.
@@ -55,11 +57,25 @@ def einsum(
     if (len(x_dims), len(w_dims)) != (x.ndim, w.ndim):
         raise ValueError(f"spec {spec!r} does not fit operands of shapes {x.shape} and {w.shape}")
     result_dtype = jnp.float32 if result_dtype is None else result_dtype
+    if isinstance(w, Quantized):
+        return _quantized_product(x_dims, w_dims, y_dims, x.astype(dtype), w).astype(result_dtype)
     plan = _Plan(x_dims, w_dims, y_dims, jnp.dtype(dtype), jnp.dtype(result_dtype), x.dtype, w.dtype)
     # In shard_map, a weight that is equal on all devices meets tokens that are not. Its gradient is summed over the
     # devices where it becomes varying, which is here: inside a custom VJP nothing would do it.
     varying = _varying_axes(x) | _varying_axes(w)
     return _product(plan, _as_varying(x, varying), _as_varying(w, varying))
+
+
+def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Quantized) -> jax.Array:
+    """The float32 product with a quantised right operand, in the dtype of x, which has room for any of its values."""
+    if not w.scales_channels([axis for axis, letter in enumerate(w_dims) if letter not in y_dims]):
+        return _contract_forward(x_dims, w_dims, y_dims, x, w.dequantized(x.dtype))
+    y = _contract_forward(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype))
+    kept = [letter for letter in w_dims if letter in y_dims]
+    scale = w.scale.reshape([w.shape[w_dims.index(letter)] for letter in kept])
+    in_order = sorted(range(len(kept)), key=lambda axis: y_dims.index(kept[axis]))
+    size = dict(zip(w_dims, w.shape, strict=True))
+    return y * scale.transpose(in_order).reshape([size[letter] if letter in kept else 1 for letter in y_dims])
 
 
 def _varying_axes(operand: jax.Array) -> frozenset[str]:

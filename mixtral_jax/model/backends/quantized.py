@@ -1,0 +1,47 @@
+"""Matrices in eight or four bits: whole numbers and the scales that make weights of them.
+
+int8 has a scale for each output channel, the same for all that is summed over, so a product takes the whole numbers
+and scales its result. int4 has a scale for each group of a channel's inputs, and is made weights of before the product.
+Both have no offset: weight = value * scale, with values from -127 to 127, or from -8 to 7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("values", "scale"), meta_fields=())
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix, or any weight; on the host or on a device."""
+
+    values: Any
+    """An array of jax, or while it is on the host of numpy: int8 or int4, in the weight's own shape."""
+    scale: Any
+    """float32, likewise; a dimension that is summed over is 1, or the number of groups along it."""
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def scales_channels(self, summed: list[int]) -> bool:
+        """Whether the scale is the same for all that is summed over these dimensions."""
+        return all(self.scale.shape[axis] == 1 for axis in summed)
+
+    def dequantized(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        """The weight, multiplied out in float32."""
+        scale = self.scale
+        for axis, (size, groups) in enumerate(zip(self.shape, scale.shape, strict=True)):
+            if groups not in (1, size):
+                scale = jnp.repeat(scale, size // groups, axis=axis)
+        return (self.values.astype(jnp.float32) * scale).astype(dtype)
