@@ -59,13 +59,21 @@ def from_source(
     mesh: jax.sharding.Mesh | None = None,
     quantize: Literal["int8", "int4"] | None = None,
 ) -> Model:
-    """The model of a source. Raises InputError where its tensors don't fit its config or are damaged."""
+    """The model of a source.
+
+    Raises:
+      InputError: the tensors don't fit the config or are damaged, or the tokenizer has ids that the embedding has not.
+    """
     bits = check_bits(quantize)
     source.check()
+    tokenizer, rows = source.tokenizer(), source.config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        why = f"ids, and the embedding has {rows} rows: this tokenizer is another model's"
+        raise InputError(f"{source.path}: tokenizer", tokenizer.vocab_size, why)
     execution = Execution(product_dtype=dtype)
     mesh = None if mesh is None else completed(mesh)
     weights = assemble(source.read, source.config, execution, mesh, bits)
-    return Model(source.config, weights, execution, source.tokenizer(), mesh)
+    return Model(source.config, weights, execution, tokenizer, mesh)
 
 
 class Model:

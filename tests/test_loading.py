@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 
 import chex
 import jax
@@ -127,6 +128,14 @@ def test_a_mesh_changes_nothing_but_where_weights_lie(family, sizes, tmp_path):
     assert {shard.data.shape for shard in up.addressable_shards} == {(config.dim, config.hidden_dim // parts)}
     assert {shard.data.shape[0] for shard in spread._weights.embedding_VD.addressable_shards} == {40 // parts}
     chex.assert_trees_all_equal(spread.params, alone.params)
+
+
+def test_a_tokenizer_of_another_model_is_refused(whole, tmp_path):
+    config = tiny.config("mistral")
+    huggingface.to_huggingface(config, tiny.params(config)).save_pretrained(tmp_path)
+    shutil.copy(whole[0] / "tokenizer.model", tmp_path)
+    with pytest.raises(mj.InputError, match="tokenizer = 300: ids, and the embedding has 40 rows: this tokenizer is"):
+        mj.load(tmp_path)
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
