@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ from mixtral_jax.inference.perplexity import DEFAULT_WINDOW, Perplexity, perplex
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.scoring import Scores, score
 from mixtral_jax.inference.weights import Prepared, assemble, restore
-from mixtral_jax.quantization import check_bits
+from mixtral_jax.quantization import Bits
 from mixtral_jax.sharding.mesh import completed
-from mixtral_jax.text.tokenizer import StreamDecoder, Tokenizer
+from mixtral_jax.text.growing import GrowingText
+from mixtral_jax.text.tokenizer import Tokenizer
 
 STEPS_A_CALL = 8
 """Tokens decoded between two looks of the host, where text is streamed or may end at a stop string."""
@@ -31,7 +33,7 @@ STEPS_A_CALL = 8
 def load(
     path: str | Path,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    quantize: Literal["int8", "int4"] | None = None,
+    quantize: Bits | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Model:
     """Loads a model.
@@ -45,26 +47,32 @@ def load(
       mesh: the devices to spread the weights over, with any of the axes `fsdp`, `expert` and `tensor`: heads lie over
         `tensor`, feed-forwards, experts and the vocabulary over all three. A tensor goes to its shards as it is read.
 
+    Warns of what the files left unsaid, such as a GGUF of its window.
+
     Raises:
       InputError: nothing loadable is there, it is damaged, or an argument is not supported.
     """
     if dtype not in ("bfloat16", "float32"):
         raise InputError("dtype", dtype, "'bfloat16' or 'float32'")
-    return from_source(open_source(path), dtype, mesh, quantize)
+    source = open_source(path)
+    for note in source.notes:
+        warnings.warn(note, stacklevel=2)
+    return from_source(source, dtype, mesh, quantize)
 
 
 def from_source(
     source: Source,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     mesh: jax.sharding.Mesh | None = None,
-    quantize: Literal["int8", "int4"] | None = None,
+    quantize: Bits | None = None,
 ) -> Model:
     """The model of a source.
 
     Raises:
       InputError: the tensors don't fit the config or are damaged, or the tokenizer has ids that the embedding has not.
     """
-    bits = check_bits(quantize)
+    if quantize not in (None, *get_args(Bits)):
+        raise InputError("quantize", quantize, f"{' or '.join(get_args(Bits))}, or nothing")
     source.check()
     tokenizer, rows = source.tokenizer(), source.config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -72,7 +80,7 @@ def from_source(
         raise InputError(f"{source.path}: tokenizer", tokenizer.vocab_size, why)
     execution = Execution(product_dtype=dtype)
     mesh = None if mesh is None else completed(mesh)
-    weights = assemble(source.read, source.config, execution, mesh, bits)
+    weights = assemble(source.read, source.config, execution, mesh, quantize)
     return Model(source.config, weights, execution, tokenizer, mesh)
 
 
@@ -223,7 +231,7 @@ class Model:
             raise InputError("stop", list(stop), "an empty string would stop at once")
         encode = self.tokenizer.encode
         ids = [encode(each, bos=True) if isinstance(each, str) else list(each) for each in prompts]
-        texts = [_Text(self.tokenizer, prompt, stop) for prompt in ids]
+        texts = [GrowingText(self.tokenizer, prompt, stop) for prompt in ids]
         for state in self._states(ids, max_new_tokens, sampling, seed, stop_at_eos, STEPS_A_CALL):
             for text, row in zip(texts, generate.outputs(state), strict=True):
                 text.grow(row)
@@ -260,47 +268,3 @@ class Model:
             if state is None:
                 return
             yield state
-
-
-class _Text:
-    """One row's text as it grows."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str]):
-        self._decoder = StreamDecoder(tokenizer, after=prompt)
-        self._ends = tokenizer.eos_ids
-        self._stop = stop
-        self._taken = 0
-        self._text = ""
-        self.stopped = False
-
-    @property
-    def shown(self) -> str:
-        """The text so far, without an end that may yet turn out to be the start of a stop string."""
-        if self.stopped:
-            return self._text
-        held = max((_overlap(self._text, stop) for stop in self._stop), default=0)
-        return self._text[: len(self._text) - held]
-
-    def grow(self, tokens: list[int]) -> None:
-        """Takes in the row's new tokens so far."""
-        for token in tokens[self._taken :]:
-            if not self.stopped and token not in self._ends:
-                self._add(self._decoder.feed(token))
-        self._taken = len(tokens)
-
-    def finish(self) -> str:
-        """The whole text."""
-        if not self.stopped:
-            self._add(self._decoder.flush())
-        return self._text
-
-    def _add(self, text: str) -> None:
-        self._text += text
-        found = [place for place in (self._text.find(stop) for stop in self._stop) if place >= 0]
-        if found:
-            self._text, self.stopped = self._text[: min(found)], True
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many last characters of the text are first characters of the stop string."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -6,12 +6,11 @@ one row, are not.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
-from mixtral_jax.errors import InputError
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.tensors import Tensor
 
@@ -25,13 +24,6 @@ _DTYPES = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
 _WHOLE = ("embedding", "router", "scale")
 _SUMMED = {"attention.output": (0, 1)}
 """The dimensions that products sum over, where it isn't the first alone."""
-
-
-def check_bits(bits: str | None) -> Bits | None:
-    """The bits asked for. Raises InputError where there is no such form."""
-    if bits is not None and bits not in get_args(Bits):
-        raise InputError("quantize", bits, f"{' or '.join(get_args(Bits))}, or nothing")
-    return bits  # type: ignore[return-value]
 
 
 def is_quantized(tensor: Tensor) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from mixtral_jax.errors import InputError
@@ -19,7 +21,7 @@ class MeshConfig:
     """The size of each mesh axis. At most one is -1: whatever number of devices the others leave."""
 
     data: int = -1
-    """Copies of the model; also across slices, over the slow network."""
+    """Copies of the model; slices that only a slow network joins are parts of this axis alone."""
     fsdp: int = 1
     """Parts that a copy's weights are stored in, gathered a layer at a time."""
     expert: int = 1
@@ -63,14 +65,28 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over the devices (default: all), neighbours on the last axes, with automatic partitioning on each axis.
+    """A mesh over the devices (default: all), with automatic partitioning on each axis.
+
+    On TPUs an axis is laid along the torus where it fits, and where it does not over parts of several of its
+    directions. On GPUs the last axes are those within a node. Slices of TPUs lie one after another on `data`.
 
     Raises:
-      InputError: the axes' product is not the number of devices.
+      InputError: the axes' product is not the number of devices, or `data` is no multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = config.resolve(len(devices)).shape
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    config = config.resolve(len(devices))
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        # Of GPUs it is the node, and nodes may share any axis: their network is slow, but not that slow.
+        index = device.slice_index if device.platform == "tpu" else None
+        slices.setdefault(index or 0, []).append(device)
+    if config.data % len(slices):
+        raise InputError("mesh.data", config.data, f"a multiple of the {len(slices)} slices is needed")
+    shape = (config.data // len(slices), *config.shape[1:])
+    parts = [
+        mesh_utils.create_device_mesh(shape, slices[index], allow_split_physical_axes=True) for index in sorted(slices)
+    ]
+    return Mesh(np.concatenate(parts), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def completed(mesh: Mesh) -> Mesh:

@@ -12,7 +12,6 @@ from oracles import huggingface, tiny
 
 import mixtral_jax as mj
 from mixtral_jax.inference.sampling import SamplingConfig
-from mixtral_jax.loading import _overlap
 from mixtral_jax.train import config as configs
 
 PROMPTS = ["def f", "    return x + 12"]
@@ -66,13 +65,6 @@ def test_a_stop_string_and_what_follows_are_cut_off(model):
     assert stopped == free[: free.index(stop)]
     for (shown,) in model.stream(PROMPTS[:1], 24, SamplingConfig(), stop=[stop], stop_at_eos=False):
         assert stopped.startswith(shown)
-
-
-@pytest.mark.parametrize(
-    ("text", "stop", "held"), [("abc", "cd", 1), ("abcd", "cde", 2), ("ab", "xy", 0), ("aa", "aaa", 2)]
-)
-def test_overlap(text, stop, held):
-    assert _overlap(text, stop) == held
 
 
 @pytest.mark.parametrize(

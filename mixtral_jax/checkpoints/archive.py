@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from mixtral_jax.errors import InputError
@@ -22,6 +24,14 @@ class Part:
 
 
 WHOLE = Part(0, 1)
+
+FLOATS: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The types of weights that numpy has, as safetensors and GGUF spell them."""
 
 
 class Entry(NamedTuple):
@@ -115,3 +125,12 @@ def size_of(path: Path) -> int:
         return os.stat(path).st_size
     except OSError as error:
         raise InputError(str(path), None, f"can't be read: {error.strerror}") from None
+
+
+@contextmanager
+def told_of_damage(path: Path) -> Iterator[None]:
+    """Turns what Orbax, and the library under it, raise for a checkpoint that is gone or damaged into an InputError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(str(path), None, f"can't be read: {first_line(error)}") from None

@@ -13,7 +13,6 @@ from mixtral_jax.checkpoints.source import ArchiveSource
 from mixtral_jax.checkpoints.torch_file import TorchFile
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import InputError
-from mixtral_jax.text.files import find_tokenizer, load_tokenizer
 
 CONFIG = "params.json"
 SINGLE = "consolidated.safetensors"
@@ -68,7 +67,6 @@ def open_consolidated(folder: Path) -> ArchiveSource:
         config,
         archive,
         "consolidated",
-        lambda: load_tokenizer(folder) if find_tokenizer(folder) else None,
         ignored=lambda name: name == "rope.freqs",
         notes=notes,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,16 +13,17 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 
 from mixtral_jax.checkpoints import consolidated, huggingface, tensor_names
+from mixtral_jax.checkpoints.archive import FLOATS
 from mixtral_jax.checkpoints.native import NativeWriter
 from mixtral_jax.checkpoints.safetensors import SafetensorsWriter
-from mixtral_jax.checkpoints.source import BFLOAT16, FLOAT32, Source
+from mixtral_jax.checkpoints.source import Announced, Source, nbytes, runs
 from mixtral_jax.config import ModelConfig, to_table
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.tensors import Tensor
 from mixtral_jax.text.tokenizer import Tokenizer
 
 Format = Literal["native", "huggingface", "consolidated"]
-DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+DTYPES = {FLOATS[code].name: FLOATS[code] for code in ("F32", "BF16", "F16")}
 SHARD_BYTES = 5 * 10**9
 """Of a Hugging Face file, as transformers has it."""
 _PLAN = "conversion.json"
@@ -73,12 +73,12 @@ def convert(
     source.check()
     announced = [(tensor, DTYPES[dtype] if dtype else source.dtype(tensor)) for tensor in source.tensors]
     partial = _begin(source, target, to, announced)
-    total, done = sum(_size(*each) for each in announced), 0
+    total, done = sum(nbytes(*each) for each in announced), 0
     with _told_of_the_disk(partial), closing(_writer(partial, to, source.config, announced)) as writer:
         for tensor, kind in announced:
             if not writer.has(tensor):
                 writer.write(tensor, _cast(source.read(tensor), kind, tensor))
-            done += _size(tensor, kind)
+            done += nbytes(tensor, kind)
             progress(done, total)
         writer.finish(source.tokenizer())
     for name in (_PLAN, _PROGRESS):
@@ -96,12 +96,12 @@ def _told_of_the_disk(folder: Path) -> Iterator[None]:
         raise InputError("DST", str(folder), f"can't be written: {error.strerror or error}; {again}") from None
 
 
-def _begin(source: Source, target: Path, to: Format, announced: list[tuple[Tensor, np.dtype]]) -> Path:
+def _begin(source: Source, target: Path, to: Format, announced: Announced) -> Path:
     """The folder that is written in, checked to be of this conversion."""
     partial = target.with_name(target.name + ".partial")
     kinds = sorted({kind.name for _, kind in announced})
     plan = {
-        "source": str(source.path.resolve()),
+        "source": source.identity(),
         "to": to,
         "dtypes": kinds,
         "tensors": len(announced),
@@ -115,7 +115,7 @@ def _begin(source: Source, target: Path, to: Format, announced: list[tuple[Tenso
         if begun != plan:
             raise InputError("DST", str(partial), "an unfinished conversion of something else is there; remove it")
     else:
-        need = sum(_size(*each) for each in announced)
+        need = sum(nbytes(*each) for each in announced)
         parent = next(folder for folder in target.absolute().parents if folder.is_dir())
         free = shutil.disk_usage(parent).free
         if free < need:
@@ -125,7 +125,7 @@ def _begin(source: Source, target: Path, to: Format, announced: list[tuple[Tenso
     return partial
 
 
-def _writer(folder: Path, to: Format, config: ModelConfig, announced: list[tuple[Tensor, np.dtype]]) -> Writer:
+def _writer(folder: Path, to: Format, config: ModelConfig, announced: Announced) -> Writer:
     if to == "native":
         return NativeWriter(folder, config, announced)
     return _SafetensorsFolder(folder, to, config, announced)
@@ -140,10 +140,6 @@ def _cast(array: np.ndarray, kind: np.dtype, tensor: Tensor) -> np.ndarray:
     return cast
 
 
-def _size(tensor: Tensor, dtype: np.dtype) -> int:
-    return math.prod(tensor.shape) * dtype.itemsize
-
-
 class _SafetensorsFolder:
     """A Hugging Face folder, or one of Mistral's own."""
 
@@ -152,7 +148,7 @@ class _SafetensorsFolder:
         folder: Path,
         to: Literal["huggingface", "consolidated"],
         config: ModelConfig,
-        announced: list[tuple[Tensor, np.dtype]],
+        announced: Announced,
     ):
         self._folder, self._to, self._config, self._announced = folder, to, config, announced
         self._layout = tensor_names.LAYOUTS[to][0](config)
@@ -201,20 +197,13 @@ class _SafetensorsFolder:
         _write_json(self._folder / huggingface.CONFIG, huggingface.config_json(self._config, widest.name, tokenizer))
         if len(self._writers) > 1:
             names = {self._layout[tensor].name: file for tensor, file in self._file_of.items()}
-            total = sum(_size(*each) for each in self._announced)
+            total = sum(nbytes(*each) for each in self._announced)
             _write_json(self._folder / huggingface.INDEX, {"metadata": {"total_size": total}, "weight_map": names})
 
-    def _plan_files(self) -> dict[str, list[tuple[Tensor, np.dtype]]]:
+    def _plan_files(self) -> dict[str, Announced]:
         if self._to == "consolidated":
             return {consolidated.SINGLE: self._announced}
-        files: list[list[tuple[Tensor, np.dtype]]] = [[]]
-        total = 0
-        for each in self._announced:
-            if files[-1] and total + _size(*each) > SHARD_BYTES:
-                files.append([])
-                total = 0
-            files[-1].append(each)
-            total += _size(*each)
+        files = list(runs(self._announced, SHARD_BYTES))
         if len(files) == 1:
             return {huggingface.SINGLE: files[0]}
         return {f"model-{n:05}-of-{len(files):05}.safetensors": members for n, members in enumerate(files, 1)}

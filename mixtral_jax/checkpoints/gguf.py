@@ -58,7 +58,7 @@ def open_gguf(path: Path) -> ArchiveSource:
         config,
         archive,
         "gguf",
-        lambda: _tokenizer(fields, path),
+        tokenizer=lambda: _tokenizer(fields, path),
         ignored=lambda name: name.endswith("attn_rot_embd.weight"),  # in files of 2023, and never used
         notes=notes(fields, config),
     )

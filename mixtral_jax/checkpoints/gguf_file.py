@@ -17,19 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from mixtral_jax.checkpoints.archive import WHOLE, Entry, Part, read_at, rows_of, size_of
+from mixtral_jax.checkpoints.archive import FLOATS, WHOLE, Entry, Part, read_at, rows_of, size_of
 from mixtral_jax.errors import InputError
 
-_PLAIN: Mapping[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-"""Types that numpy has; the others become float32."""
 _NUMBERS = ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "?", None, None, "u8", "i8", "f8")
 """By the format's numbers for a value's type: numpy's names of those that are numbers."""
 _STRING, _ARRAY = 8, 9
@@ -94,9 +86,9 @@ class GGUFFile:
     def _values(self, name: str, begin: int, end: int) -> np.ndarray:
         """Values of a tensor, counted through all of its rows, from begin to before end."""
         kind, offset = self._types[name], self._offsets[name]
-        if kind.name in _PLAIN:
+        if kind.name in FLOATS:
             data = read_at(self._path, offset + begin * kind.size, (end - begin) * kind.size)
-            return np.frombuffer(data, _PLAIN[kind.name])
+            return np.frombuffer(data, FLOATS[kind.name])
         first, last = begin // kind.values, -(-end // kind.values)  # a vector's part may begin or end within a block
         values = np.empty((last - first, kind.values), np.float32)
         step = max(1, _VALUES_AT_ONCE // kind.values)
@@ -263,7 +255,7 @@ def _readable() -> dict[int, _Type]:
     from gguf.constants import GGML_QUANT_SIZES
 
     types = {int(code): _Type(code.name, *sizes) for code, sizes in GGML_QUANT_SIZES.items()}
-    return {code: kind for code, kind in types.items() if kind.name in _PLAIN or _can_dequantise(kind)}
+    return {code: kind for code, kind in types.items() if kind.name in FLOATS or _can_dequantise(kind)}
 
 
 def _can_dequantise(kind: _Type) -> bool:

@@ -15,7 +15,6 @@ from mixtral_jax.checkpoints.safetensors import SafetensorsFile
 from mixtral_jax.checkpoints.source import ArchiveSource
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import InputError
-from mixtral_jax.text.files import find_tokenizer, load_tokenizer
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -84,7 +83,6 @@ def open_huggingface(folder: Path) -> ArchiveSource:
         config,
         archive,
         "huggingface",
-        lambda: load_tokenizer(folder) if find_tokenizer(folder) else None,
         ignored=lambda name: (
             name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
         ),
@@ -181,7 +179,7 @@ def _open_files(folder: Path) -> tuple[Archive, int]:
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise InputError(f"{index}: weight_map", listed, "a table from tensor to file is wanted")
-    files = [inside(folder, name, index) for name in sorted(set(map(str, listed.values())))]
+    files = [_inside(folder, name, index) for name in sorted(set(map(str, listed.values())))]
     archive = Union([SafetensorsFile(file) for file in files])
     for name, file in listed.items():
         found = archive.entries.get(name)
@@ -191,7 +189,7 @@ def _open_files(folder: Path) -> tuple[Archive, int]:
     return archive, len(files)
 
 
-def inside(folder: Path, name: str, index: Path) -> Path:
+def _inside(folder: Path, name: str, index: Path) -> Path:
     """A file that an index names, which has to lie in the folder itself.
 
     Raises:

@@ -14,9 +14,9 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tomli_w
 
-from mixtral_jax.checkpoints.archive import first_line
+from mixtral_jax.checkpoints.archive import FLOATS, told_of_damage
 from mixtral_jax.checkpoints.config_files import read_json
-from mixtral_jax.checkpoints.source import Source
+from mixtral_jax.checkpoints.source import Announced, Source, misfits, runs
 from mixtral_jax.config import ModelConfig, build, read_toml, to_table
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.tensors import Tensor
-from mixtral_jax.text.files import find_tokenizer, load_tokenizer
 from mixtral_jax.text.tokenizer import Tokenizer
 
 CONFIG = "config.toml"
@@ -39,7 +38,6 @@ MANIFEST = "manifest.json"
 PARAMS = "params"
 VERSION = 1
 CHUNK_BYTES = 32 << 20
-_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of each step of its work
 
@@ -71,14 +69,12 @@ class NativeSource(Source):
 
     def problems(self) -> list[str]:
         """See Source."""
-        wanted = {tensor.name: list(tensor.shape) for tensor in self.tensors}
-        problems = [f"missing: {name}" for name in wanted if name not in self._manifest]
-        problems += [f"unknown: {name}" for name in self._manifest if name not in wanted]
-        for name, shape in wanted.items():
-            found = self._manifest.get(name, {}).get("shape", shape)
-            if found != shape:
-                problems.append(f"{name} is {found}, {shape} is wanted")
-        return problems
+        found = {name: fields["shape"] for name, fields in self._manifest.items()}
+        return misfits({tensor.name: tensor.shape for tensor in self.tensors}, found)
+
+    def files(self) -> Iterable[Path]:
+        """See Source."""
+        return [self.path / MANIFEST]
 
     def dtype(self, tensor: Tensor) -> np.dtype:
         """See Source."""
@@ -104,10 +100,6 @@ class NativeSource(Source):
             raise InputError(str(chunk), None, f"tensor {tensor.name} is not what was written: its digest differs")
         return array
 
-    def tokenizer(self) -> Tokenizer | None:
-        """See Source."""
-        return load_tokenizer(self.path) if find_tokenizer(self.path) else None
-
 
 def _is_record(fields: Any) -> bool:
     """Whether the manifest says of a tensor what it has to; a chunk is a folder in `params` itself."""
@@ -116,19 +108,15 @@ def _is_record(fields: Any) -> bool:
         isinstance(fields, dict)
         and all(isinstance(fields.get(key), kind) for key, kind in kinds.items())
         and fields["chunk"].isdecimal()
-        and fields["dtype"] in _DTYPES
+        and fields["dtype"] in {dtype.name for dtype in FLOATS.values()}
     )
 
 
 def _restore(chunk: Path) -> dict[str, np.ndarray]:
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            names = checkpointer.metadata(chunk.absolute()).item_metadata.tree
-            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-            return checkpointer.restore(chunk.absolute(), args=ocp.args.PyTreeRestore(restore_args=arguments))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # What Orbax and the library under it raise for a file that is gone or damaged.
-        raise InputError(str(chunk), None, f"can't be read: {first_line(error)}") from None
+    with ocp.PyTreeCheckpointer() as checkpointer, told_of_damage(chunk):
+        names = checkpointer.metadata(chunk.absolute()).item_metadata.tree
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+        return checkpointer.restore(chunk.absolute(), args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 
 def digest(array: np.ndarray) -> str:
@@ -139,12 +127,12 @@ def digest(array: np.ndarray) -> str:
 class NativeWriter:
     """Writes a checkpoint in our format, chunk after chunk; one that was begun is gone on with."""
 
-    def __init__(self, folder: Path, config: ModelConfig, announced: list[tuple[Tensor, np.dtype]]):
+    def __init__(self, folder: Path, config: ModelConfig, announced: Announced):
         self._folder = folder
         self._config = config
-        self._chunks = {
-            tensor.name: f"{number:05}" for number, chunk in enumerate(_chunks(announced)) for tensor in chunk
-        }
+        chunks = enumerate(runs(announced, CHUNK_BYTES))
+        self._chunks = {tensor.name: f"{number:05}" for number, chunk in chunks for tensor, _ in chunk}
+        self._sizes = Counter(self._chunks.values())
         self._manifest: dict[str, Any] = {}
         self._waiting: dict[str, np.ndarray] = {}
         for record in sorted((folder / PARAMS).glob("*.json")):
@@ -164,7 +152,7 @@ class NativeWriter:
         """Takes the next tensor, in the announced order."""
         self._waiting[tensor.name] = array
         chunk = self._chunks[tensor.name]
-        if list(self._chunks.values()).count(chunk) == len(self._waiting):
+        if len(self._waiting) == self._sizes[chunk]:
             self._save(chunk)
 
     def _save(self, chunk: str) -> None:
@@ -190,18 +178,3 @@ class NativeWriter:
         (self._folder / MANIFEST).write_text(json.dumps({"version": VERSION, "tensors": self._manifest}, indent=1))
         for record in (self._folder / PARAMS).glob("*.json"):
             record.unlink()
-
-
-def _chunks(announced: list[tuple[Tensor, np.dtype]]) -> Iterator[list[Tensor]]:
-    """Runs of tensors that together stay under CHUNK_BYTES, or single ones."""
-    chunk: list[Tensor] = []
-    total = 0
-    for tensor, dtype in announced:
-        size = math.prod(tensor.shape) * dtype.itemsize
-        if chunk and total + size > CHUNK_BYTES:
-            yield chunk
-            chunk, total = [], 0
-        chunk.append(tensor)
-        total += size
-    if chunk:
-        yield chunk

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
 
-from mixtral_jax.checkpoints.source import FLOAT32, Source
+from mixtral_jax.checkpoints.archive import told_of_damage
+from mixtral_jax.checkpoints.source import Source, misfits
 from mixtral_jax.config import ModelConfig, build
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.tensors import Tensor, assign, look_up
 from mixtral_jax.model.transformer import abstract_params
-from mixtral_jax.text.files import find_tokenizer, load_tokenizer
-from mixtral_jax.text.tokenizer import Tokenizer
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
@@ -86,32 +86,45 @@ class RunSource(Source):
             raise InputError(str(self.path), None, "no checkpoint yet")
         return steps[-1]
 
+    @property
+    def _checkpoint(self) -> Path:
+        return (self.path / CHECKPOINTS / str(self._step) / PARAMS).absolute()
+
+    @cached_property
+    def _metadata(self) -> dict[str, Any]:
+        """The shape and type of each leaf, by its path with dots."""
+        with ocp.PyTreeCheckpointer() as checkpointer, told_of_damage(self._checkpoint):
+            tree = checkpointer.metadata(self._checkpoint).item_metadata.tree
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
     @lru_cache(maxsize=1)  # noqa: B019
     def _leaf(self, path: tuple[str, ...]) -> np.ndarray:
         """One leaf, its layers stacked: the tensors are asked for leaf after leaf."""
         target: dict[str, Any] = {}
         assign(target, path, ocp.RestoreArgs(restore_type=np.ndarray))
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            folder = (self.path / CHECKPOINTS / str(self._step) / PARAMS).absolute()
-            arguments = ocp.args.PyTreeRestore(item=target, restore_args=target, partial_restore=True)
-            return look_up(checkpointer.restore(folder, args=arguments), Tensor(path, (), (), ()))
+        arguments = ocp.args.PyTreeRestore(item=target, restore_args=target, partial_restore=True)
+        with ocp.PyTreeCheckpointer() as checkpointer, told_of_damage(self._checkpoint):
+            return look_up(checkpointer.restore(self._checkpoint, args=arguments), Tensor(path, (), (), ()))
 
     def problems(self) -> list[str]:
-        """See Source; Orbax compares the shapes when it reads."""
-        return []
+        """See Source."""
+        leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract_params(self.config)))
+        wanted = {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+        return misfits(wanted, {name: leaf.shape for name, leaf in self._metadata.items()})
+
+    def files(self) -> Iterable[Path]:
+        """See Source."""
+        return [self._checkpoint]
 
     def dtype(self, tensor: Tensor) -> np.dtype:
         """See Source."""
-        return FLOAT32
+        return np.dtype(self.stored_as(tensor))
 
     def stored_as(self, tensor: Tensor) -> str:
         """See Source."""
-        return "F32"
+        return np.dtype(self._metadata[".".join(tensor.path)].dtype).name
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """See Source."""
         return self._leaf(tensor.path)[tensor.index]
-
-    def tokenizer(self) -> Tokenizer | None:
-        """See Source."""
-        return load_tokenizer(self.path) if find_tokenizer(self.path) else None

@@ -16,19 +16,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from mixtral_jax.checkpoints.archive import WHOLE, Entry, Part, read_at, rows_of, size_of
+from mixtral_jax.checkpoints.archive import FLOATS, WHOLE, Entry, Part, read_at, rows_of, size_of
 from mixtral_jax.errors import InputError
 
-DTYPES: Mapping[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in FLOATS.items()}
 _LONGEST_HEADER = 100 << 20  # the library's own limit
 _DIGESTS = "mixtral_jax.sha256"
 """Metadata of ours: each array's digest, by name. Others pass it over."""
@@ -65,7 +58,7 @@ class SafetensorsFile:
     def read(self, name: str, part: Part = WHOLE) -> np.ndarray:
         """See Archive.read; an array with a digest is checked when it is read whole."""
         entry = self.entries[name]
-        dtype = DTYPES[entry.dtype]
+        dtype = FLOATS[entry.dtype]
         first, last, columns = rows_of(entry.shape, part)
         width = columns * dtype.itemsize
         data = read_at(self._path, self._start + self._offsets[name] + first * width, (last - first) * width)
@@ -82,9 +75,9 @@ class SafetensorsFile:
             shape, code, begin, end = (), None, None, None
         if not (isinstance(code, str) and all(type(number) is int for number in (*shape, begin, end))):
             raise self._refused(f"tensor {name}: dtype, shape and data_offsets are wanted")
-        if code not in DTYPES:
-            raise self._refused(f"tensor {name} has dtype {code}; {', '.join(DTYPES)} can be read")
-        wanted = math.prod(shape) * DTYPES[code].itemsize
+        if code not in FLOATS:
+            raise self._refused(f"tensor {name} has dtype {code}; {', '.join(FLOATS)} can be read")
+        wanted = math.prod(shape) * FLOATS[code].itemsize
         if min(shape, default=0) < 0 or end - begin != wanted or begin < 0:
             raise self._refused(f"tensor {name}: {end - begin} bytes are given, {list(shape)} of {code} takes {wanted}")
         self.entries[name] = Entry(shape, code, self._path)
@@ -133,7 +126,7 @@ class SafetensorsWriter:
         """Starts a file, or goes on with one.
 
         Args:
-          announced: every array's name, shape and dtype, one of DTYPES.
+          announced: every array's name, shape and dtype, one of FLOATS.
           done: digests of the arrays that were written before.
         """
         self._fields: dict[str, dict[str, Any]] = {}
@@ -154,7 +147,7 @@ class SafetensorsWriter:
         """Writes an array; its digest, in hexadecimal."""
         fields = self._fields[name]
         assert list(array.shape) == fields["shape"], name
-        data = np.ascontiguousarray(array, DTYPES[fields["dtype"]]).reshape(-1).view(np.uint8).data
+        data = np.ascontiguousarray(array, FLOATS[fields["dtype"]]).reshape(-1).view(np.uint8).data
         self._digests[name] = hashlib.sha256(data).hexdigest()
         self._file.seek(self._start + fields["data_offsets"][0])
         view = memoryview(data)

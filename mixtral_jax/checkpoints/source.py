@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from mixtral_jax.checkpoints.archive import Archive
+from mixtral_jax.checkpoints.archive import FLOATS, Archive
 from mixtral_jax.checkpoints.tensor_names import LAYOUTS, Layout, Stored, file_shape, from_file
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.tensors import Tensor, tensors
+from mixtral_jax.text.files import find_tokenizer, load_tokenizer
 from mixtral_jax.text.tokenizer import Tokenizer
 
-FLOAT32 = np.dtype(np.float32)
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_FLOATS = {"F64": np.dtype(np.float64), "F32": FLOAT32, "F16": np.dtype(np.float16), "BF16": BFLOAT16}
+Announced = list[tuple[Tensor, np.dtype]]
+"""Tensors that are going to be written, and the type of each."""
 
 
 class Source(abc.ABC):
@@ -62,7 +62,16 @@ class Source(abc.ABC):
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that came with it, or None. Raises InputError where it is damaged."""
-        return None
+        return load_tokenizer(self.path) if find_tokenizer(self.path) else None
+
+    @abc.abstractmethod
+    def files(self) -> Iterable[Path]:
+        """The files or folders that change when the weights do."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others, as JSON: for going on with what was begun with them."""
+        stats = {str(file): file.stat() for file in self.files()}
+        return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
     def check(self) -> None:
         """Raises InputError with every problem."""
@@ -81,11 +90,17 @@ class ArchiveSource(Source):
         config: ModelConfig,
         archive: Archive,
         layouts: str,
-        tokenizer: Callable[[], Tokenizer | None],
+        tokenizer: Callable[[], Tokenizer | None] | None = None,
         ignored: Callable[[str], bool] = lambda name: False,
         notes: Iterable[str] = (),
     ):
-        """Args: layouts: a key of LAYOUTS; ignored: says of a name in the files whether it is known to be no weight."""
+        """A model of these files.
+
+        Args:
+          layouts: a key of LAYOUTS.
+          tokenizer: reads it; None: from the files beside the weights.
+          ignored: says of a name in the files whether it is known to be no weight.
+        """
         super().__init__(path, form, config, notes)
         self.archive = archive
         self.layout = _fitting(config, archive, layouts)
@@ -94,24 +109,12 @@ class ArchiveSource(Source):
 
     def problems(self) -> list[str]:
         """See Source."""
-        entries = self.archive.entries
-        wanted = _by_name(self.layout)
-        missing = [f"missing: {name}" for name in wanted if name not in entries]
-        extra = [
-            f"unknown: {name} {list(entry.shape)}"
-            for name, entry in entries.items()
-            if name not in wanted and not self._ignored(name)
-        ]
-        shapes = [
-            f"{name} is {list(entries[name].shape)}, {shape} is wanted"
-            for name, (tensor, stored) in wanted.items()
-            if name in entries and _flat(entries[name].shape) != (shape := _whole_shape(tensor, stored))
-        ]
-        return _grouped(missing) + _grouped(extra) + _grouped(shapes)
+        found = {name: _flat(entry.shape) for name, entry in self.archive.entries.items() if not self._ignored(name)}
+        return misfits({stored.name: _whole_shape(tensor, stored) for tensor, stored in self.layout.items()}, found)
 
     def dtype(self, tensor: Tensor) -> np.dtype:
         """See Source."""
-        return _FLOATS.get(self.stored_as(tensor), FLOAT32)
+        return FLOATS.get(self.stored_as(tensor), FLOATS["F32"])
 
     def stored_as(self, tensor: Tensor) -> str:
         """See Source."""
@@ -124,7 +127,11 @@ class ArchiveSource(Source):
 
     def tokenizer(self) -> Tokenizer | None:
         """See Source."""
-        return self._tokenizer()
+        return super().tokenizer() if self._tokenizer is None else self._tokenizer()
+
+    def files(self) -> Iterable[Path]:
+        """See Source."""
+        return sorted({entry.file for entry in self.archive.entries.values()})
 
 
 def _fitting(config: ModelConfig, archive: Archive, layouts: str) -> Layout:
@@ -133,8 +140,35 @@ def _fitting(config: ModelConfig, archive: Archive, layouts: str) -> Layout:
     return max(choices, key=lambda layout: len({stored.name for stored in layout.values()} & archive.entries.keys()))
 
 
-def _by_name(layout: Layout) -> dict[str, tuple[Tensor, Stored]]:
-    return {stored.name: (tensor, stored) for tensor, stored in layout.items()}
+def misfits(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> list[str]:
+    """What is missing, unknown or misshapen, a line each; of many of a kind the first."""
+    missing = [f"missing: {name}" for name in wanted if name not in found]
+    unknown = [f"unknown: {name} {list(shape)}" for name, shape in found.items() if name not in wanted]
+    shapes = [
+        f"{name} is {list(found[name])}, {list(shape)} is wanted"
+        for name, shape in wanted.items()
+        if name in found and list(found[name]) != list(shape)
+    ]
+    return _grouped(missing) + _grouped(unknown) + _grouped(shapes)
+
+
+def nbytes(tensor: Tensor, dtype: np.dtype) -> int:
+    """The bytes of a tensor in a type."""
+    return math.prod(tensor.shape) * dtype.itemsize
+
+
+def runs(announced: Announced, most: int) -> Iterator[Announced]:
+    """Runs of tensors that stay under so many bytes together, or a single one that doesn't."""
+    run: Announced = []
+    total = 0
+    for each in announced:
+        if run and total + nbytes(*each) > most:
+            yield run
+            run, total = [], 0
+        run.append(each)
+        total += nbytes(*each)
+    if run:
+        yield run
 
 
 def _whole_shape(tensor: Tensor, stored: Stored) -> list[int]:

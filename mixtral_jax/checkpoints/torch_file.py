@@ -11,10 +11,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mixtral_jax.checkpoints.archive import WHOLE, Entry, Part, first_line, rows_of, size_of
+from mixtral_jax.checkpoints.archive import FLOATS, WHOLE, Entry, Part, first_line, rows_of, size_of
 from mixtral_jax.errors import InputError
 
-_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_CODES = {dtype.name: code for code, dtype in FLOATS.items()}
+"""By torch's names of them, which are numpy's."""
 _MADV_DONTNEED = 4
 
 

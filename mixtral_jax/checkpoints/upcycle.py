@@ -6,8 +6,11 @@ The chosen experts' gates sum to 1, so at the start the mixture computes what th
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +77,14 @@ class Upcycled(Source):
             return array
         spread = self._noise * float(array.astype(np.float32).std())
         return (array.astype(np.float32) + spread * self._normal(tensor)).astype(array.dtype)
+
+    def files(self) -> Iterable[Path]:
+        """See Source."""
+        return self._dense.files()
+
+    def identity(self) -> dict[str, Any]:
+        """See Source."""
+        return {**super().identity(), "noise": self._noise, "seed": self._seed}
 
     def tokenizer(self) -> Tokenizer | None:
         """See Source."""

@@ -88,6 +88,8 @@ class Conversation:
     def answer(self, text: str) -> Iterator[str]:
         """Says a text and yields the answer so far as it grows; what was yielded last stands in the history.
 
+        An answer of nothing, as one that is stopped at once, is forgotten with its question: no format has room for it.
+
         Raises:
           InputError: the conversation has no room left; the text is then not part of it.
         """
@@ -102,9 +104,13 @@ class Conversation:
         answer: dict[str, Any] = {"role": "assistant", "content": ""}
         self.messages = [*said, answer]
         seed = self._seed + len(said)  # an answer that is asked for again in other words is drawn anew
-        for (shown,) in self._model.stream([ids], min(self._max_new_tokens, room), self._sampling, seed):
-            answer["content"] = shown
-            yield shown
+        try:
+            for (shown,) in self._model.stream([ids], min(self._max_new_tokens, room), self._sampling, seed):
+                answer["content"] = shown
+                yield shown
+        finally:
+            if not answer["content"].strip():
+                self.messages = said[:-1]
 
     def save(self, path: Path) -> None:
         """Writes the messages as JSON. Raises InputError where that can't be done."""

@@ -89,15 +89,17 @@ def _put(
 ) -> jax.Array | Quantized:
     """A tensor on the devices, in the form that is computed with."""
     if quantize_to is not None and is_quantized(tensor):
-        return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh), quantize(whole, tensor, quantize_to))
+        return jax.tree.map(
+            lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), quantize(whole, tensor, quantize_to)
+        )
     dtype = jnp.float32 if tensor.path[-1] in _FLOAT32 else execution.product_dtype
-    return _on_devices(whole.astype(dtype, copy=False) if mesh is None else whole, tensor, mesh, dtype)
+    return _on_devices(whole, tensor, mesh, dtype)
 
 
-def _on_devices(array: np.ndarray, tensor: Tensor, mesh: Mesh | None, dtype: DTypeLike | None = None) -> jax.Array:
+def _on_devices(array: np.ndarray, tensor: Tensor, mesh: Mesh | None, dtype: DTypeLike) -> jax.Array:
     if mesh is None:
-        return jnp.asarray(array)
-    return place(array, _axes(tensor, array.shape), DECODING, mesh, dtype or array.dtype)
+        return jnp.asarray(array.astype(dtype, copy=False))
+    return place(array, _axes(tensor, array.shape), DECODING, mesh, dtype)
 
 
 def _axes(tensor: Tensor, shape: tuple[int, ...]) -> Names:

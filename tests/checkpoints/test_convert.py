@@ -46,6 +46,12 @@ class Memory(Source):
     def problems(self):
         return []
 
+    def files(self):
+        return []
+
+    def identity(self):
+        return {"path": str(self.path)}
+
     def dtype(self, tensor):
         return np.dtype(np.float32)
 

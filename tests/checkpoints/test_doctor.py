@@ -11,7 +11,7 @@ import mixtral_jax as mj
 from mixtral_jax import configs
 from mixtral_jax.checkpoints import doctor
 from mixtral_jax.checkpoints.opening import open_source
-from mixtral_jax.checkpoints.source import FLOAT32, Source
+from mixtral_jax.checkpoints.source import Source
 from mixtral_jax.checkpoints.tensor_names import interleave
 from mixtral_jax.model.tensors import look_up
 
@@ -26,8 +26,11 @@ class InMemory(Source):
     def problems(self):
         return []
 
+    def files(self):
+        return []
+
     def dtype(self, tensor):
-        return FLOAT32
+        return np.dtype(np.float32)
 
     def stored_as(self, tensor):
         return "F32"
@@ -91,6 +94,7 @@ class Interleaved(Source):
         )
         self._read = source.read
 
+    def files(self): ...
     def problems(self): ...
     def dtype(self, tensor): ...
     def stored_as(self, tensor): ...

@@ -158,6 +158,6 @@ def test_all_that_does_not_fit_is_listed_at_once(folder):
     edit(folder, change)
     assert NativeSource(folder).problems() == [
         "missing: norm.scale",
-        "unknown: extra",
+        "unknown: extra [16]",
         "embedding is [41, 16], [40, 16] is wanted",
     ]

@@ -41,6 +41,23 @@ def test_noise_tells_experts_apart_and_a_seed_decides_it(dense):
     assert np.abs(expert(0, 1) - expert(1, 1)).max() > 0
 
 
+@pytest.mark.parametrize("other", [{"seed": 1}, {"noise": 0.2}])
+def test_one_that_was_begun_otherwise_is_not_gone_on_with(dense, tmp_path, monkeypatch, other):
+    """Or its experts would be of two kinds."""
+
+    def failing(self, tensor):
+        raise InputError("memory", None, "failed")
+
+    first = {"noise": 0.1, "seed": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(Upcycled, "read", failing)
+        with pytest.raises(InputError, match="failed"):
+            convert(Upcycled(open_source(dense), 4, 2, **first), tmp_path / "out", "native")
+    with pytest.raises(InputError, match="an unfinished conversion of something else"):
+        convert(Upcycled(open_source(dense), 4, 2, **(first | other)), tmp_path / "out", "native")
+    convert(Upcycled(open_source(dense), 4, 2, **first), tmp_path / "out", "native")
+
+
 def test_a_mixture_is_refused_with_a_reason(dense):
     mixture = Upcycled(open_source(dense), 4, 2)
     with pytest.raises(InputError, match="is a mixture already: its experts differ"):

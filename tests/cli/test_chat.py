@@ -60,6 +60,23 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
     assert out.count("half an (stopped)") == 2
 
 
+@pytest.mark.parametrize("pieces", [[], [""], ["", " "]])
+def test_an_answer_of_nothing_is_forgotten_with_its_question(model, monkeypatch, pieces):
+    def stream(self, *arguments):
+        yield from ([piece] for piece in pieces)
+        raise KeyboardInterrupt
+
+    conversation = chat.Conversation(model, "be brief", SamplingConfig(), 8)
+    before = list(conversation.messages)
+    with monkeypatch.context() as patch:
+        patch.setattr(mj.loading.Model, "stream", stream)
+        with pytest.raises(KeyboardInterrupt):
+            list(conversation.answer("a"))
+    assert conversation.messages == before
+    *_, last = conversation.answer("def f")
+    assert conversation.messages[-1]["content"] == last
+
+
 def test_commands_that_are_none_and_files_that_can_not_be(talk, tmp_path):
     status, out, err = talk("/dance", "/save", f"/save {tmp_path / 'no' / 'where'}", "", "/exit", "never sent")
     assert status == 0

@@ -1,5 +1,7 @@
 """Meshes from configs, and what is refused."""
 
+from dataclasses import dataclass
+
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -33,6 +35,36 @@ def test_resolve(config, shape):
 def test_neighbours_lie_on_the_last_axes():
     devices = make_mesh(MeshConfig(data=2, tensor=4)).devices.reshape(2, 4)
     assert [device.id for device in devices[0]] == [0, 1, 2, 3]
+
+
+@dataclass(frozen=True)
+class FakeDevice:
+    """A device as far as a mesh looks: 2 x 2 chips a slice, or a node of 4."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        return (self.id // 2 % 2, self.id // 4, 0)
+
+
+def test_slices_lie_on_data_alone():
+    devices = [FakeDevice(id, slice_index=id % 2) for id in range(8)]
+    mesh = make_mesh(MeshConfig(data=2, expert=4), devices)
+    assert [[each.slice_index for each in row] for row in mesh.devices.reshape(2, 4)] == [[0] * 4, [1] * 4]
+    with pytest.raises(InputError, match=r"mesh.data = 1: a multiple of the 2 slices is needed"):
+        make_mesh(MeshConfig(data=1, expert=8), devices)
+
+
+def test_an_axis_may_cross_nodes_of_gpus():
+    devices = [FakeDevice(id, slice_index=id // 4, platform="gpu", device_kind="NVIDIA H100") for id in range(8)]
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4), devices)
+    assert [[each.slice_index for each in row] for row in mesh.devices.reshape(2, 4)] == [[0] * 4, [1] * 4]
 
 
 def test_a_mesh_of_some_devices():
