@@ -8,14 +8,20 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from mixtral_jax.errors import InputError
 from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.mesh import current_mesh
 from mixtral_jax.sharding.rules import Rules
+
+GATHERED = "gathered"
+"""The name of weights that were gathered, for policies of what a backward pass keeps."""
 
 
 def constrain(x: jax.Array, names: Names, rules: Rules) -> jax.Array:
@@ -25,23 +31,33 @@ def constrain(x: jax.Array, names: Names, rules: Rules) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, rules.use(names))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def use_weight(weight: jax.Array, names: Names, rules: Rules) -> jax.Array:
-    """A stored weight as a layer uses it: gathered over the axes that only store it. Its gradient is scattered back."""
-    return constrain(weight, names, rules)
+def use_weight(weight: jax.Array, names: Names, rules: Rules, dtype: DTypeLike | None = None) -> jax.Array:
+    """A stored weight as a layer uses it: gathered over the axes that only store it. Its gradient is scattered back.
 
-
-def _use_forward(weight: jax.Array, names: Names, rules: Rules) -> tuple[jax.Array, None]:
-    return constrain(weight, names, rules), None
-
-
-def _use_backward(names: Names, rules: Rules, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    On a mesh it comes in dtype, so that no more is gathered than is multiplied; without one as it is. It is named
+    GATHERED, for a backward pass that gathers it again rather than keep it.
+    """
     if current_mesh() is None:
-        return (gradient,)
-    return (jax.lax.with_sharding_constraint(gradient, rules.storage(names)),)
+        return weight
+    return checkpoint_name(_used(weight, names, rules, weight.dtype if dtype is None else dtype), GATHERED)
 
 
-use_weight.defvjp(_use_forward, _use_backward)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _used(weight: jax.Array, names: Names, rules: Rules, dtype: DTypeLike) -> jax.Array:
+    return jax.lax.with_sharding_constraint(weight.astype(dtype), rules.use(names))
+
+
+def _used_forward(weight: jax.Array, names: Names, rules: Rules, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    return _used(weight, names, rules, dtype), jnp.zeros((0,), weight.dtype)  # an array, since a dtype can't be saved
+
+
+def _used_backward(
+    names: Names, rules: Rules, dtype: DTypeLike, like: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient.astype(like.dtype), rules.storage(names)),)
+
+
+_used.defvjp(_used_forward, _used_backward)
 
 
 def named_shardings(mesh: Mesh, abstract: Any, rules: Rules) -> Any:
@@ -73,29 +89,78 @@ def check_divisible(abstract: Any, specs: Any, axis_sizes: Mapping[str, int]) ->
         raise InputError("mesh", sizes, "the model does not divide over it:\n  " + "\n  ".join(problems))
 
 
-def over_tokens(function: Callable, tokens: PartitionSpec, weights: PartitionSpec) -> Callable:
+def over_tokens(function: Callable, names: Any, rules: Rules, dtype: DTypeLike | None = None) -> Callable:
     """The function run on each shard's own tokens; without a mesh, the function itself.
 
-    Only the axes that the two layouts name are the function's own to use; the compiler goes on partitioning the others.
-    The weights' gradient is summed over the shards that share them, once.
+    Only the axes that tokens are split over are the function's own to use; the compiler goes on partitioning the
+    others. The weights' gradient is summed over the shards that share them, once, in the dtype that they are stored in.
 
     Args:
       function: takes arrays [B, T, ...] and, last, a tree of weights, by position; returns arrays whose first two
         dimensions are laid out like tokens.
-      tokens: the layout of the first two dimensions of each token array.
-      weights: the layout of each weight.
+      names: the tree of weights, of the names of each one's axes. They come to the function gathered over the axes
+        that only store them.
+      dtype: of the weights as the function takes them; None: as they are.
     """
     if current_mesh() is None:
         return function
-    manual = {axis for spec in (tokens, weights) for axes in spec for axis in _as_tuple(axes)}
+    tokens = rules.use(("batch", "length"))
+    manual = tuple(axis for axes in tokens for axis in _as_tuple(axes))
 
     def run(*arguments: Any) -> Any:
-        layouts = (*(tokens for _ in arguments[:-1]), weights)
+        *arrays, weights = arguments
+        at_rest = jax.tree.map(lambda _, each: _restricted(rules.storage(each), manual), weights, names)
+
+        def on_shard(*given: Any) -> Any:
+            *own, parts = given
+            whole = jax.tree.map(lambda part, each: _whole(part, each, rules, manual, dtype), parts, names)
+            return function(*own, whole)
+
+        layouts = (*(tokens for _ in arrays), at_rest)
         # Unchecked replication: a custom VJP can't say that its weight gradient is yet to be summed over the shards.
-        mapped = jax.shard_map(function, in_specs=layouts, out_specs=tokens, axis_names=manual, check_vma=False)
+        mapped = jax.shard_map(on_shard, in_specs=layouts, out_specs=tokens, axis_names=set(manual), check_vma=False)
         return mapped(*arguments)
 
     return run
+
+
+def _whole(part: jax.Array, names: Names, rules: Rules, manual: tuple[str, ...], dtype: DTypeLike | None) -> jax.Array:
+    """Inside a mapped function: a shard's part of a weight, gathered over the axes that only store it."""
+    stored, used = (_restricted(spec(names), manual) for spec in (rules.storage, rules.use))
+    apart = [() if wanted else _as_tuple(axes) for axes, wanted in zip(stored, used, strict=True)]
+    over = tuple(tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1) for axes in apart)
+    return checkpoint_name(_gather(part, over, part.dtype if dtype is None else jnp.dtype(dtype)), GATHERED)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(part: jax.Array, over: tuple[tuple[str, ...], ...], dtype: DTypeLike) -> jax.Array:
+    """The whole of an array of which each shard has a part: dimension d of it is split over the axes over[d]."""
+    part = part.astype(dtype)
+    for dimension, axes in enumerate(over):
+        if axes:
+            part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
+    return part
+
+
+def _gather_forward(part: jax.Array, over: tuple, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    return _gather(part, over, dtype), jnp.zeros((0,), part.dtype)
+
+
+def _gather_backward(over: tuple, dtype: DTypeLike, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    gradient = gradient.astype(like.dtype)
+    for dimension, axes in enumerate(over):
+        if axes:
+            gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
+    return (gradient,)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _restricted(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """The spec without the mesh axes that are not among these."""
+    kept = (tuple(axis for axis in _as_tuple(each) if axis in axes) for each in spec)
+    return PartitionSpec(*[each or None for each in kept])
 
 
 def over_parts(function: Callable, layouts: Any, axes: tuple[str, ...]) -> Callable:

@@ -6,13 +6,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from mixtral_jax.config import STRICT, require
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.routing import Statistics
+from mixtral_jax.model.transformer import UNEMBEDDING_AXES
 from mixtral_jax.sharding.partition import over_tokens
 from mixtral_jax.sharding.rules import Rules
 
@@ -153,7 +153,7 @@ def batch_cross_entropy(
     def on_shard(hidden: jax.Array, target: jax.Array, weight: jax.Array, unembedding: jax.Array) -> jax.Array:
         return cross_entropy(hidden, unembedding, target, weight, chunk, product_dtype)[None, None]
 
-    on_shards = over_tokens(on_shard, rules.use(("batch", "length")), weights=PartitionSpec())
+    on_shards = over_tokens(on_shard, UNEMBEDDING_AXES, rules, product_dtype)
     return jnp.sum(on_shards(hidden_BTD, target_BT, weight_BT, unembedding_DV))
 
 

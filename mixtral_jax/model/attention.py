@@ -60,24 +60,19 @@ class Attention(nn.Module):
             mixed = cached_attention(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, chunk, dtype)
         mixed_BTNH = mixed.astype(execution.activation_dtype).reshape(q_BTNH.shape)
         shape = (config.num_heads, config.head_dim, config.dim)
-        output_NHD = weight(self, "output", shape, ("heads", "head_dim", "embed"), self.rules)
+        output_NHD = weight(self, "output", shape, ("heads", "head_dim", "embed"), self.rules, dtype)
         y_BTD = einsum("BTNH,NHD->BTD", mixed_BTNH, output_NHD, dtype=dtype, result_dtype=execution.activation_dtype)
         return y_BTD, cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], in the activation dtype."""
-        config, execution = self.config, self.execution
-        x_BTD = x_BTD.astype(execution.product_dtype)  # once, for the three products that save it
+        config, execution, dtype = self.config, self.execution, self.execution.product_dtype
+        x_BTD = x_BTD.astype(dtype)  # once, for the three products that save it
 
         def project(name: str, heads: int, axis: LogicalAxis) -> jax.Array:
-            w_DNH = weight(self, name, (config.dim, heads, config.head_dim), ("embed", axis, "head_dim"), self.rules)
-            y_BTNH = einsum(
-                "BTD,DNH->BTNH",
-                x_BTD,
-                w_DNH,
-                dtype=execution.product_dtype,
-                result_dtype=execution.activation_dtype,
-            )
+            shape = (config.dim, heads, config.head_dim)
+            w_DNH = weight(self, name, shape, ("embed", axis, "head_dim"), self.rules, dtype)
+            y_BTNH = einsum("BTD,DNH->BTNH", x_BTD, w_DNH, dtype=dtype, result_dtype=execution.activation_dtype)
             return constrain(y_BTNH, ("batch", "length", axis, "head_dim"), self.rules)
 
         return (

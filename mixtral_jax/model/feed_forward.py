@@ -41,9 +41,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dim, hidden = self.config.dim, self.config.hidden_dim
+        dtype = self.execution.product_dtype
         weights = SwiGLU(
-            gate=weight(self, "gate", (dim, hidden), ("embed", "hidden"), self.rules),
-            up=weight(self, "up", (dim, hidden), ("embed", "hidden"), self.rules),
-            down=weight(self, "down", (hidden, dim), ("hidden", "embed"), self.rules),
+            gate=weight(self, "gate", (dim, hidden), ("embed", "hidden"), self.rules, dtype),
+            up=weight(self, "up", (dim, hidden), ("embed", "hidden"), self.rules, dtype),
+            down=weight(self, "down", (hidden, dim), ("hidden", "embed"), self.rules, dtype),
         )
         return swiglu(x_BTD, weights, self.execution)

@@ -20,9 +20,11 @@ from mixtral_jax.model import dispatch as moves
 from mixtral_jax.model.backends.by_need import by_need
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.backends.ragged import grouped_swiglu
+from mixtral_jax.model.exchange import Exchange, buffer_rows, exchanged_swiglu
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
-from mixtral_jax.model.parameters import weight
+from mixtral_jax.model.parameters import stored_weight, weight
 from mixtral_jax.model.routing import Statistics, route, statistics
+from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.mesh import current_mesh
 from mixtral_jax.sharding.partition import over_parts, over_tokens
 from mixtral_jax.sharding.rules import Rules
@@ -38,12 +40,16 @@ def apply_experts(
     num_experts: int,
     dispatch: Dispatch,
     execution: Execution,
+    group_size: int | None = None,
     shards: int = 1,
+    axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Each token through its chosen experts: the gates' sum of their results.
 
     Args:
       weights: of all experts, or of one of `shards` equal parts of them, on a mesh axis named `expert`.
+      group_size: tokens that share a capacity; divides T. Unused where there is none.
+      axes: the mesh axes whose shards each call this with tokens of their own.
 
     Returns:
       float32 [B, T, D], and bool [B, T, A]: whether the choice was served.
@@ -51,27 +57,36 @@ def apply_experts(
     batch, length, dim = x_BTD.shape
     choices = expert_BTA.shape[-1]
     x_ND = x_BTD.reshape(-1, dim).astype(execution.product_dtype)
-    if dispatch.capacity_factor is None and shards == 1:
-        slots, sizes_E = moves.sorted_slots(expert_BTA.reshape(-1, choices), mask_BT.reshape(-1), num_experts)
-        y_MD = grouped_swiglu(moves.spread(x_ND, slots), weights, sizes_E, execution)
-    else:
-        # Dropless over several shards takes the largest capacity, a whole group an expert: exact, if not thrifty.
-        size = length if dispatch.capacity_factor is None else moves.group(length, dispatch.group_size)
-        groups = expert_BTA.reshape(-1, size, choices), mask_BT.reshape(-1, size)
+    gate_NA = gate_BTA.reshape(-1, choices)
+    if dispatch.capacity_factor is not None:
+        assert group_size is not None
+        groups = expert_BTA.reshape(-1, group_size, choices), mask_BT.reshape(-1, group_size)
         slots = moves.capacity_slots(*groups, num_experts, dispatch)
         x_ECD = moves.spread(x_ND, slots).reshape(num_experts, -1, dim)
-        y_MD = _exchange(x_ECD, shards, partial(swiglu, weights=weights, execution=execution)).reshape(-1, dim)
-    y_ND = moves.combine(y_MD, gate_BTA.reshape(-1, choices), slots)
+        y_MD = _there_and_back(x_ECD, shards, partial(swiglu, weights=weights, execution=execution)).reshape(-1, dim)
+        y_ND = moves.combine(y_MD, gate_NA, slots)
+    else:
+        slots, sizes_E = moves.sorted_slots(expert_BTA.reshape(-1, choices), mask_BT.reshape(-1), num_experts)
+        if shards == 1:
+            y_MD = grouped_swiglu(moves.spread(x_ND, slots), weights, sizes_E, execution)
+            y_ND = moves.combine(y_MD, gate_NA, slots)
+        else:
+            exchange = Exchange(execution, "expert", axes, buffer_rows(gate_NA.size))
+            y_ND = exchanged_swiglu(exchange, x_ND, gate_NA, weights, slots, sizes_E)
     kept_NA = slots.slot_NA < slots.assignment_M.size
     return y_ND.reshape(x_BTD.shape), kept_NA.reshape(batch, length, choices)
 
 
-def _exchange(x_ECD: jax.Array, shards: int, experts: partial[jax.Array]) -> jax.Array:
+def _there_and_back(x_ECD: jax.Array, shards: int, experts: partial[jax.Array]) -> jax.Array:
     """Slots to the shards that hold their experts, through those, and back."""
     if shards == 1:
         return experts(x_ECD)
     x_ECD = jax.lax.all_to_all(x_ECD, "expert", split_axis=0, concat_axis=1, tiled=True)
     return jax.lax.all_to_all(experts(x_ECD), "expert", split_axis=1, concat_axis=0, tiled=True)
+
+
+_ENTER_AXES: Names = ("experts", "expert_embed", "hidden")
+_LEAVE_AXES: Names = ("experts", "hidden", "expert_embed")
 
 
 class MoE(nn.Module):
@@ -97,7 +112,7 @@ class MoE(nn.Module):
         if self.has_variable("prepared", "experts"):
             y_BTD, kept_BTA = self._by_need(x_BTD, *chosen)
         else:
-            y_BTD, kept_BTA = self._on_mesh(moe)(x_BTD, *chosen, self._weights(moe))
+            y_BTD, kept_BTA = self._on_mesh(moe, x_BTD.shape[1])(x_BTD, *chosen, self._weights(moe))
         return y_BTD.astype(x_BTD.dtype), statistics(routing, kept_BTA, mask_BT)
 
     def _by_need(
@@ -116,12 +131,12 @@ class MoE(nn.Module):
         enter = (moe.num_experts, self.config.dim, self.config.hidden_dim)
         leave = (moe.num_experts, self.config.hidden_dim, self.config.dim)
         return SwiGLU(
-            gate=weight(self, "gate", enter, ("experts", "expert_embed", "hidden"), self.rules),
-            up=weight(self, "up", enter, ("experts", "expert_embed", "hidden"), self.rules),
-            down=weight(self, "down", leave, ("experts", "hidden", "expert_embed"), self.rules),
+            gate=stored_weight(self, "gate", enter, _ENTER_AXES),
+            up=stored_weight(self, "up", enter, _ENTER_AXES),
+            down=stored_weight(self, "down", leave, _LEAVE_AXES),
         )
 
-    def _on_mesh(self, moe: MoEConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    def _on_mesh(self, moe: MoEConfig, length: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """apply_experts, on each shard's own tokens where there is a mesh."""
         mesh = current_mesh()
         serve = partial(
@@ -129,9 +144,12 @@ class MoE(nn.Module):
             num_experts=moe.num_experts,
             dispatch=self.dispatch,
             execution=self.execution,
+            group_size=None if self.dispatch.capacity_factor is None else moves.group(length, self.dispatch.group_size),
             shards=1 if mesh is None else mesh.shape["expert"],
+            axes=(*self.rules.mesh_axes("batch"), *self.rules.mesh_axes("length")),
         )
-        return over_tokens(serve, self.rules.use(("batch", "length")), weights=PartitionSpec("expert"))
+        names = SwiGLU._make((_ENTER_AXES, _ENTER_AXES, _LEAVE_AXES))
+        return over_tokens(serve, names, self.rules, self.execution.product_dtype)
 
 
 def _layouts(experts: tuple[SwiGLU, ...], axes: tuple[str, ...]) -> Any:

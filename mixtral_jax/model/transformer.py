@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig
 from mixtral_jax.model.attention import Attention, Context
@@ -16,14 +15,20 @@ from mixtral_jax.model.cache import LayerCache
 from mixtral_jax.model.feed_forward import FeedForward
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.norm import RMSNorm
-from mixtral_jax.model.parameters import weight
+from mixtral_jax.model.parameters import stored_weight
 from mixtral_jax.model.rope import rotation
 from mixtral_jax.model.routing import Statistics
+from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.mesh import current_mesh
-from mixtral_jax.sharding.partition import constrain, over_tokens
+from mixtral_jax.sharding.partition import GATHERED, constrain, over_tokens, use_weight
 from mixtral_jax.sharding.rules import TRAINING, Rules
 
+EMBEDDING_AXES: Names = ("vocab", "embed")
+UNEMBEDDING_AXES: Names = ("embed", "vocab")
+
 _REMAT_POLICIES = {
+    # Kept, the gathered weights of all layers would be the whole model on each device.
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -80,9 +85,9 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.embedding_VD = weight(self, "embedding", (config.vocab_size, config.dim), ("vocab", "embed"), self.rules)
+        self.embedding_VD = stored_weight(self, "embedding", (config.vocab_size, config.dim), EMBEDDING_AXES)
         block: Any = Block
-        if self.execution.remat in _REMAT_POLICIES:
+        if self.execution.remat != "none" or current_mesh() is not None:
             # The scan already keeps the compiler from sharing the repeated work with the first pass.
             block = nn.remat(Block, policy=_REMAT_POLICIES[self.execution.remat], prevent_cse=False)
         self.layers = nn.scan(
@@ -96,7 +101,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.norm_eps)
         if not config.tie_embeddings:
             shape = (config.dim, config.vocab_size)
-            self.unembedding_DV = weight(self, "unembedding", shape, ("embed", "vocab"), self.rules)
+            self.unembedding_DV = stored_weight(self, "unembedding", shape, UNEMBEDDING_AXES)
 
     def __call__(
         self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None, position_BT: jax.Array | None = None
@@ -111,7 +116,8 @@ class Transformer(nn.Module):
         """
         hidden_BTD, routing = self.hidden(tokens_BT, segment_BT, position_BT)
         execution = self.execution
-        logits_BTV = einsum("BTD,DV->BTV", hidden_BTD, self.unembedding(), dtype=execution.product_dtype)
+        w_DV = use_weight(self.unembedding(), UNEMBEDDING_AXES, self.rules, execution.product_dtype)
+        logits_BTV = einsum("BTD,DV->BTV", hidden_BTD, w_DV, dtype=execution.product_dtype)
         return Output(logits_BTV, routing)
 
     def hidden(
@@ -124,13 +130,13 @@ class Transformer(nn.Module):
         mask_BT = jnp.ones((batch, length), bool) if segment_BT is None else segment_BT != 0
         context = Context(rotation(position_BT, self.config.head_dim, self.config.rope_theta), mask_BT, segment_BT)
         # Each shard looks up its own tokens: the gradient is then summed over the shards once, whole rows at a time.
-        look_up = over_tokens(lambda tokens, table: table[tokens], self.rules.use(("batch", "length")), PartitionSpec())
+        look_up = over_tokens(lambda tokens, table: table[tokens], EMBEDDING_AXES, self.rules)
         x_BTD = look_up(tokens_BT, self.embedding_VD).astype(self.execution.activation_dtype)
         x_BTD, (routing, _) = self.layers(x_BTD, context, None)
         return self.norm(x_BTD), routing
 
     def unembedding(self) -> jax.Array:
-        """The matrix [D, V] from the last layer's output to logits."""
+        """The matrix [D, V] from the last layer's output to logits, as it is stored."""
         return self.embedding_VD.T if self.config.tie_embeddings else self.unembedding_DV
 
 

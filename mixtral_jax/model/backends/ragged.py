@@ -48,13 +48,24 @@ def _backward(dtype: str, saved: tuple, gradient_MF: jax.Array) -> tuple[jax.Arr
     x_MD, w_EDF, sizes_E, like_x = saved
     gradient_MF = gradient_MF.astype(dtype)
     gradient_MD = grouped_product(gradient_MF, jnp.swapaxes(w_EDF, 1, 2), sizes_E, dtype)
-    gradient_EDF = jax.lax.platform_dependent(
-        x_MD, gradient_MF, sizes_E, cpu=_weight_gradient_in_blocks, default=_ragged_weight_gradient
-    )
+    gradient_EDF = grouped_weight_gradient(x_MD, gradient_MF, sizes_E)
     return gradient_MD.astype(like_x.dtype), gradient_EDF.astype(w_EDF.dtype), None
 
 
 grouped_product.defvjp(_forward, _backward)
+
+
+def grouped_weight_gradient(x_MD: jax.Array, gradient_MF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """For each expert the sum over its rows of x times the gradient: float32 [E, D, F].
+
+    Args:
+      x_MD, gradient_MF: rows in expert order, in the dtype of the product.
+      sizes_E: int32, rows of each expert.
+    """
+    gradient_EDF: jax.Array = jax.lax.platform_dependent(
+        x_MD, gradient_MF, sizes_E, cpu=_weight_gradient_in_blocks, default=_ragged_weight_gradient
+    )
+    return gradient_EDF
 
 
 def _precision(dtype: str | jnp.dtype) -> jax.lax.Precision | None:
@@ -95,7 +106,6 @@ def _product_in_blocks(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dt
 
 
 def _weight_gradient_in_blocks(x_MD: jax.Array, gradient_MF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """For each expert the sum over its rows of x times the gradient: float32 [E, D, F]."""
     block = min(_BLOCK, x_MD.shape[0])
     x_MD = jnp.pad(x_MD, [(0, block), (0, 0)])
     gradient_MF = jnp.pad(gradient_MF, [(0, block), (0, 0)])

@@ -1,0 +1,259 @@
+"""Dropless expert parallelism: tokens travel to the shards that hold their experts, and their results back.
+
+Each shard has M rows, one a choice of its tokens, in the order of the experts they chose; S shards hold E / S experts
+each. A shard's queue is all rows for its experts, those of its first expert first, and of one expert those of the first
+shard first. It may be S times as long as a shard's own rows, so it is served in rounds of R rows: as many rounds as the
+longest queue takes, one where routing is balanced. With S = 2, E = 2, and shards that send [2, 1] and [3, 0] rows to
+experts 0 and 1, shard 0's queue has 5 rows and shard 1's has 1; for R = 4:
+
+    round 0     shard 0 serves     rows 0, 1 of shard 0, rows 0, 1 of shard 1       shard 1 serves     row 2 of shard 0
+    round 1     shard 0 serves     row 2 of shard 1                                 shard 1 serves     nothing
+
+Sizes and offsets are pure functions of how many rows each shard has for each expert, which all shards know. Rows move
+by `ragged_all_to_all`; where the platform has none, on CPU, by an `all_to_all` at the same sizes and offsets.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mixtral_jax.config import Execution
+from mixtral_jax.model.backends.ragged import grouped_product, grouped_swiglu, grouped_weight_gradient
+from mixtral_jax.model.dispatch import Slots, collect, combine, spread
+from mixtral_jax.model.feed_forward import SwiGLU
+
+
+def buffer_rows(rows: int) -> int:
+    """R for a shard with so many rows: what balanced routing brings and a quarter more, in whole tiles of 8."""
+    return -(-(rows * 5 // 4) // 8) * 8
+
+
+class Transfer(NamedTuple):
+    """What a shard sends and receives, in K = E pieces: int32 arrays as `jax.lax.ragged_all_to_all` takes them."""
+
+    from_K: jax.Array
+    """The first row of each piece that it sends."""
+    send_K: jax.Array
+    """Rows of each piece that it sends, by the shard that it goes to."""
+    to_K: jax.Array
+    """Where each piece that it sends begins on the shard that it goes to."""
+    receive_K: jax.Array
+    """Rows of each piece that it receives, by the shard that it comes from."""
+
+
+class Round(NamedTuple):
+    """A shard's part in a round."""
+
+    there: Transfer
+    """Of rows to their experts."""
+    back: Transfer
+    """Of results to where the rows came from."""
+    sizes_E: jax.Array
+    """int32, rows in the buffer for each of the shard's own experts."""
+
+
+def rounds(sizes_SE: jax.Array, rows: int) -> jax.Array:
+    """Rounds of so many rows that the longest queue takes: int32, a scalar.
+
+    Args:
+      sizes_SE: rows that each shard has for each expert.
+    """
+    queue_S = jnp.sum(_by_holder(sizes_SE), axis=(1, 2))
+    return jnp.max(-(-queue_S // rows))
+
+
+def plan_round(sizes_SE: jax.Array, shard: jax.Array | int, number: jax.Array | int, rows: int) -> Round:
+    """What a shard sends and receives in a round.
+
+    Args:
+      sizes_SE: int32, rows that each shard has for each expert.
+      shard: which of the S this is.
+      number: of the round, from 0.
+      rows: R, of the buffer.
+    """
+    num_shards, num_experts = sizes_SE.shape
+    # Where each piece begins: in the queue of its expert's holder, and among its own shard's rows. [E, S].
+    size_ES = sizes_SE.T
+    queue_HX = size_ES.reshape(num_shards, -1)
+    in_queue_ES = (jnp.cumsum(queue_HX, axis=1) - queue_HX).reshape(num_experts, num_shards)
+    at_home_ES = (jnp.cumsum(sizes_SE, axis=1) - sizes_SE).T
+    # The part of each piece that falls into this round's rows of the queue.
+    first_ES = jnp.clip(in_queue_ES, number * rows, (number + 1) * rows)
+    served_ES = jnp.clip(in_queue_ES + size_ES, number * rows, (number + 1) * rows) - first_ES
+    in_buffer_ES = first_ES - number * rows
+    at_home_ES = at_home_ES + first_ES - in_queue_ES
+
+    def of_holder(x_ES: jax.Array) -> jax.Array:
+        """The pieces that come to this shard, by the shard that they come from."""
+        return _by_holder(x_ES.T)[shard].reshape(-1)
+
+    def of_sender(x_ES: jax.Array) -> jax.Array:
+        """The pieces that this shard sends, by the expert, so by the shard that they go to."""
+        return x_ES[:, shard]
+
+    there = Transfer(of_sender(at_home_ES), of_sender(served_ES), of_sender(in_buffer_ES), of_holder(served_ES))
+    back = Transfer(of_holder(in_buffer_ES), of_holder(served_ES), of_holder(at_home_ES), of_sender(served_ES))
+    return Round(there, back, jnp.sum(served_ES.reshape(num_shards, -1, num_shards)[shard], axis=1))
+
+
+def _by_holder(x_SE: jax.Array) -> jax.Array:
+    """[S, E] as [S, S, E / S]: by the experts' holder, by the rows' shard, and by expert."""
+    num_shards = x_SE.shape[0]
+    return jnp.swapaxes(x_SE.reshape(num_shards, num_shards, -1), 0, 1)
+
+
+def transfer(x_MD: jax.Array, moves: Transfer, into_RD: jax.Array, axis: str) -> jax.Array:
+    """`into` with the rows in it that come from the axis's shards; to be called on each of them."""
+    ragged = partial(jax.lax.ragged_all_to_all, axis_name=axis)
+    emulated = partial(_emulated, axis=axis)
+    result: jax.Array = jax.lax.platform_dependent(x_MD, into_RD, *moves, cpu=emulated, default=ragged)
+    return result
+
+
+def _emulated(
+    x_MD: jax.Array,
+    into_RD: jax.Array,
+    from_K: jax.Array,
+    send_K: jax.Array,
+    to_K: jax.Array,
+    receive_K: jax.Array,
+    *,
+    axis: str,
+) -> jax.Array:
+    """ragged_all_to_all, of whole buffers: what one shard writes into another's, at its place, and zeros elsewhere."""
+    num_shards, (num_rows, *_) = jax.lax.axis_size(axis), into_RD.shape
+    row_1R = jnp.arange(num_rows)[None]
+    first_K1, count_K1 = to_K[:, None], send_K[:, None]
+    inside_KR = (row_1R >= first_K1) & (row_1R < first_K1 + count_K1)
+    # One past the end where nothing is written; pieces of one receiver don't overlap.
+    source_KR = jnp.where(inside_KR, from_K[:, None] + row_1R - first_K1, x_MD.shape[0])
+    source_SR = jnp.min(source_KR.reshape(num_shards, -1, num_rows), axis=1)
+    sent_SRD = x_MD.at[source_SR].get(mode="fill", fill_value=0)
+    written_SR = source_SR < x_MD.shape[0]
+    came_SRD = jax.lax.all_to_all(sent_SRD, axis, split_axis=0, concat_axis=0, tiled=True)
+    written_SR = jax.lax.all_to_all(written_SR, axis, split_axis=0, concat_axis=0, tiled=True)
+    written_R1 = jnp.any(written_SR, axis=0)[:, None]
+    return jnp.where(written_R1, jnp.sum(came_SRD, axis=0, dtype=came_SRD.dtype), into_RD)
+
+
+class Exchange(NamedTuple):
+    """What is static in an exchange."""
+
+    execution: Execution
+    axis: str
+    """The mesh axis of the experts' shards."""
+    axes: tuple[str, ...]
+    """All axes that tokens are split over: their shards take the same number of rounds."""
+    rows: int
+    """R, of the buffer."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def exchanged_swiglu(
+    exchange: Exchange, x_ND: jax.Array, gate_NA: jax.Array, weights: SwiGLU, slots: Slots, sizes_E: jax.Array
+) -> jax.Array:
+    """Each token through its chosen experts, wherever they are: the gates' sum of their results, float32 [N, D].
+
+    The backward pass sends the tokens again, with their cotangents: no more than a round's rows is ever held.
+
+    Args:
+      x_ND: a shard's tokens, in the product dtype.
+      gate_NA: float32.
+      weights: of the shard's own experts.
+      slots: from `sorted_slots`.
+      sizes_E: int32, the shard's rows for each of all experts.
+    """
+    execution, axis = exchange.execution, exchange.axis
+    x_MD = spread(x_ND, slots)
+    sizes_SE = jax.lax.all_gather(sizes_E, axis)
+    shard = jax.lax.axis_index(axis)
+
+    def serve(number: jax.Array, y_MD: jax.Array) -> jax.Array:
+        plan = plan_round(sizes_SE, shard, number, exchange.rows)
+        x_RD = transfer(x_MD, plan.there, _buffer(exchange, x_MD), axis)
+        y_RD = grouped_swiglu(x_RD, weights, plan.sizes_E, execution)
+        return transfer(y_RD, plan.back, y_MD, axis)
+
+    y_MD = jnp.zeros(x_MD.shape, execution.activation_dtype)
+    return combine(jax.lax.fori_loop(0, _rounds(exchange, sizes_SE), serve, y_MD), gate_NA, slots)
+
+
+def _forward(
+    exchange: Exchange, x_ND: jax.Array, gate_NA: jax.Array, weights: SwiGLU, slots: Slots, sizes_E: jax.Array
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    inputs = x_ND, gate_NA, weights, slots, sizes_E
+    return exchanged_swiglu(exchange, *inputs), inputs
+
+
+def _backward(exchange: Exchange, inputs: tuple[Any, ...], gradient_ND: jax.Array) -> tuple[Any, ...]:
+    x_ND, gate_NA, weights, slots, sizes_E = inputs
+    axis = exchange.axis
+    x_MD = spread(x_ND, slots)
+    dy_MD = spread(gradient_ND.astype(x_ND.dtype), slots)
+    gate_M1 = gate_NA.reshape(-1).at[slots.assignment_M].get(mode="fill", fill_value=0)[:, None]
+    sizes_SE = jax.lax.all_gather(sizes_E, axis)
+    shard = jax.lax.axis_index(axis)
+
+    def serve(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        dx_MD, dgate_M1, dweights = carry
+        plan = plan_round(sizes_SE, shard, number, exchange.rows)
+        x_RD, dy_RD, gate_R1 = (
+            transfer(each, plan.there, _buffer(exchange, each), axis) for each in (x_MD, dy_MD, gate_M1)
+        )
+        dx_RD, dgate_R1, more = _pull(exchange.execution, x_RD, dy_RD, gate_R1, weights, plan.sizes_E)
+        dx_MD = transfer(dx_RD, plan.back, dx_MD, axis)
+        dgate_M1 = transfer(dgate_R1, plan.back, dgate_M1, axis)
+        return dx_MD, dgate_M1, jax.tree.map(jnp.add, dweights, more)
+
+    zeros = (
+        jnp.zeros_like(x_MD),
+        jnp.zeros_like(gate_M1),
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights),
+    )
+    dx_MD, dgate_M1, dweights = jax.lax.fori_loop(0, _rounds(exchange, sizes_SE), serve, zeros)
+    dx_ND = jnp.sum(collect(dx_MD, slots), axis=1, dtype=jnp.float32).astype(x_ND.dtype)
+    dgate_NA = collect(dgate_M1, slots)[..., 0]
+    dweights = jax.tree.map(lambda own, leaf: own.astype(leaf.dtype), dweights, weights)
+    return dx_ND, dgate_NA, dweights, None, None
+
+
+exchanged_swiglu.defvjp(_forward, _backward)
+
+
+def _pull(
+    execution: Execution, x_RD: jax.Array, dy_RD: jax.Array, gate_R1: jax.Array, weights: SwiGLU, sizes_E: jax.Array
+) -> tuple[jax.Array, jax.Array, SwiGLU]:
+    """From the cotangents of rows' gated results to those of the rows, of the gates, and of the weights (float32)."""
+    dtype, activation = execution.product_dtype, execution.activation_dtype
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return grouped_product(x, w, sizes_E, dtype).astype(activation)
+
+    def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return grouped_weight_gradient(x.astype(dtype), dy.astype(dtype), sizes_E)
+
+    gate_RF, up_RF = product(x_RD, weights.gate), product(x_RD, weights.up)
+    hidden_RF, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate_RF, up_RF)
+    dhidden_RF = product(dy_RD, jnp.swapaxes(weights.down, 1, 2))
+    # down is linear: the result's product with its cotangent is had without the result.
+    dgate_R1 = jnp.sum(hidden_RF.astype(jnp.float32) * dhidden_RF, axis=1, keepdims=True)
+    dgate_RF, dup_RF = pull((dhidden_RF * gate_R1).astype(activation))
+    dx_RD = product(dgate_RF, jnp.swapaxes(weights.gate, 1, 2)) + product(dup_RF, jnp.swapaxes(weights.up, 1, 2))
+    dweights = SwiGLU(
+        gate=weight_gradient(x_RD, dgate_RF),
+        up=weight_gradient(x_RD, dup_RF),
+        down=weight_gradient(hidden_RF, dy_RD * gate_R1),
+    )
+    return dx_RD.astype(x_RD.dtype), dgate_R1, dweights
+
+
+def _rounds(exchange: Exchange, sizes_SE: jax.Array) -> jax.Array:
+    return jax.lax.pmax(rounds(sizes_SE, exchange.rows), exchange.axes)
+
+
+def _buffer(exchange: Exchange, like_MD: jax.Array) -> jax.Array:
+    return jnp.zeros((exchange.rows, like_MD.shape[1]), like_MD.dtype)
