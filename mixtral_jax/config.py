@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from mixtral_jax import configs
-from mixtral_jax.errors import InputError, nearest
+from mixtral_jax.errors import InputError, nearest, together
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 ConfigType = TypeVar("ConfigType")
@@ -107,9 +107,13 @@ class Dispatch:
     """Who keeps a place when an expert is full. `position`: earlier tokens, which keeps the model causal;
     `choice`: all first choices before any second (GShard), where a later token may displace an earlier one."""
 
+    exchange_rows: int = 8192
+    """Dropless, where experts are spread over a mesh or `execution.remat` is full: how many tokens' choices a device
+    serves at a time. More than these take another round, and no memory."""
+
     @model_validator(mode="after")
     def check(self) -> Dispatch:
-        require_positive(self, ("capacity_factor", "group_size"))
+        require_positive(self, ("capacity_factor", "group_size", "exchange_rows"))
         return self
 
 
@@ -148,11 +152,7 @@ def build(cls: type[ConfigType], table: Mapping[str, Any], prefix: str = "") -> 
 
 def _explain(cls: type, error: ValidationError, prefix: str) -> InputError:
     details = sorted(error.errors(include_url=False), key=lambda each: "missing" in each["type"])
-    problems = [_problem(cls, each, prefix) for each in details]
-    first = problems[0]
-    if len(problems) > 1:
-        first.args = ("\n".join(str(problem) for problem in problems),)
-    return first
+    return together([_problem(cls, each, prefix) for each in details])
 
 
 def _problem(cls: type, details: Any, prefix: str) -> InputError:

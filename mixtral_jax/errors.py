@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -22,6 +22,14 @@ class InputError(ValueError):
         self.key = key
         self.value = value
         self.allowed = allowed
+
+
+def together(problems: Sequence[InputError]) -> InputError:
+    """The first of at least one problem, with the message of all, a line each."""
+    first = problems[0]
+    if len(problems) > 1:
+        first.args = ("\n".join(str(problem) for problem in problems),)
+    return first
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -78,7 +78,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     slices: dict[int, list[jax.Device]] = {}
     for device in devices:
         # Of GPUs it is the node, and nodes may share any axis: their network is slow, but not that slow.
-        index = device.slice_index if device.platform == "tpu" else None
+        index = getattr(device, "slice_index", None) if device.platform == "tpu" else None
         slices.setdefault(index or 0, []).append(device)
     if config.data % len(slices):
         raise InputError("mesh.data", config.data, f"a multiple of the {len(slices)} slices is needed")

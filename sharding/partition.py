@@ -60,23 +60,36 @@ def _used_backward(
 _used.defvjp(_used_forward, _used_backward)
 
 
+def storage_specs(abstract: Any, rules: Rules) -> Any:
+    """The layout at rest of each leaf of a tree from `jax.eval_shape`; leaves without axis names are replicated."""
+    return jax.tree.map(
+        lambda leaf: rules.storage(leaf.names) if isinstance(leaf, nn.Partitioned) else PartitionSpec(),
+        abstract,
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+    )
+
+
 def named_shardings(mesh: Mesh, abstract: Any, rules: Rules) -> Any:
     """A NamedSharding for each leaf of a tree from `jax.eval_shape`; leaves without axis names are replicated.
 
     Raises:
       InputError: dimensions that the mesh does not divide, all of them in one message.
     """
-    specs = jax.tree.map(
-        lambda leaf: rules.storage(leaf.names) if isinstance(leaf, nn.Partitioned) else PartitionSpec(),
-        abstract,
-        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
-    )
+    specs = storage_specs(abstract, rules)
     check_divisible(nn.unbox(abstract), specs, mesh.shape)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def check_divisible(abstract: Any, specs: Any, axis_sizes: Mapping[str, int]) -> None:
     """Raises InputError with every dimension of every leaf that its mesh axes do not divide."""
+    problems = indivisible(abstract, specs, axis_sizes)
+    if problems:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in axis_sizes.items() if size > 1)
+        raise InputError("mesh", sizes, "the model does not divide over it:\n  " + "\n  ".join(problems))
+
+
+def indivisible(abstract: Any, specs: Any, axis_sizes: Mapping[str, int]) -> list[str]:
+    """A phrase for every dimension of every leaf that its mesh axes do not divide."""
     problems = []
     for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(specs), strict=True):
         for dimension, (size, axes) in enumerate(zip(leaf.shape, spec, strict=False)):
@@ -84,52 +97,66 @@ def check_divisible(abstract: Any, specs: Any, axis_sizes: Mapping[str, int]) ->
             if size % parts:
                 name, over = jax.tree_util.keystr(path, simple=True, separator="."), " x ".join(_as_tuple(axes))
                 problems.append(f"dimension {dimension} of {name} is {size}, not divisible by {over} = {parts}")
-    if problems:
-        sizes = ", ".join(f"{axis}={size}" for axis, size in axis_sizes.items() if size > 1)
-        raise InputError("mesh", sizes, "the model does not divide over it:\n  " + "\n  ".join(problems))
+    return problems
 
 
-def over_tokens(function: Callable, names: Any, rules: Rules, dtype: DTypeLike | None = None) -> Callable:
-    """The function run on each shard's own tokens; without a mesh, the function itself.
+def over_tokens(function: Callable, names: Any, rules: Rules) -> Callable:
+    """The function run on each shard's own tokens and parts of weights; without a mesh, the function itself.
 
     Only the axes that tokens are split over are the function's own to use; the compiler goes on partitioning the
-    others. The weights' gradient is summed over the shards that share them, once, in the dtype that they are stored in.
+    others. A weight's gradient is summed over the shards that hold the same part of it.
 
     Args:
       function: takes arrays [B, T, ...] and, last, a tree of weights, by position; returns arrays whose first two
-        dimensions are laid out like tokens.
-      names: the tree of weights, of the names of each one's axes. They come to the function gathered over the axes
-        that only store them.
-      dtype: of the weights as the function takes them; None: as they are.
+        dimensions are laid out like tokens. It gathers weights by `gather_weight`.
+      names: the tree of weights, of the names of each one's axes.
     """
     if current_mesh() is None:
         return function
-    tokens = rules.use(("batch", "length"))
-    manual = tuple(axis for axes in tokens for axis in _as_tuple(axes))
+    tokens, manual = rules.use(_TOKENS), token_axes(rules)
 
     def run(*arguments: Any) -> Any:
         *arrays, weights = arguments
         at_rest = jax.tree.map(lambda _, each: _restricted(rules.storage(each), manual), weights, names)
-
-        def on_shard(*given: Any) -> Any:
-            *own, parts = given
-            whole = jax.tree.map(lambda part, each: _whole(part, each, rules, manual, dtype), parts, names)
-            return function(*own, whole)
-
         layouts = (*(tokens for _ in arrays), at_rest)
         # Unchecked replication: a custom VJP can't say that its weight gradient is yet to be summed over the shards.
-        mapped = jax.shard_map(on_shard, in_specs=layouts, out_specs=tokens, axis_names=set(manual), check_vma=False)
+        mapped = jax.shard_map(function, in_specs=layouts, out_specs=tokens, axis_names=set(manual), check_vma=False)
         return mapped(*arguments)
 
     return run
 
 
-def _whole(part: jax.Array, names: Names, rules: Rules, manual: tuple[str, ...], dtype: DTypeLike | None) -> jax.Array:
-    """Inside a mapped function: a shard's part of a weight, gathered over the axes that only store it."""
-    stored, used = (_restricted(spec(names), manual) for spec in (rules.storage, rules.use))
+def gather_weight(part: jax.Array, names: Names, rules: Rules, dtype: DTypeLike) -> jax.Array:
+    """Inside a function over tokens: a weight, whole on the axes that only store it, from this shard's part; in dtype.
+
+    Its gradient is summed over those axes in the dtype of the part. Named GATHERED, as by `use_weight`. Without a mesh,
+    the part as it is.
+    """
+    if current_mesh() is None:
+        return part
+    return checkpoint_name(_gather(part, _only_stored(names, rules), jnp.dtype(dtype)), GATHERED)
+
+
+def scatter_gradient(gradient: jax.Array, names: Names, rules: Rules) -> jax.Array:
+    """Inside a function over tokens: this shard's part of the sum of what each shard gives for the whole weight."""
+    if current_mesh() is None:
+        return gradient
+    return _scatter(gradient, _only_stored(names, rules))
+
+
+_TOKENS: Names = ("batch", "length")
+
+
+def token_axes(rules: Rules) -> tuple[str, ...]:
+    """The mesh axes that tokens are split over."""
+    return tuple(axis for axes in rules.use(_TOKENS) for axis in _as_tuple(axes))
+
+
+def _only_stored(names: Names, rules: Rules) -> tuple[tuple[str, ...], ...]:
+    """For each dimension, the axes of tokens that it is split over in storage and not in use."""
+    stored, used = (_restricted(spec(names), token_axes(rules)) for spec in (rules.storage, rules.use))
     apart = [() if wanted else _as_tuple(axes) for axes, wanted in zip(stored, used, strict=True)]
-    over = tuple(tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1) for axes in apart)
-    return checkpoint_name(_gather(part, over, part.dtype if dtype is None else jnp.dtype(dtype)), GATHERED)
+    return tuple(tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1) for axes in apart)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -147,14 +174,17 @@ def _gather_forward(part: jax.Array, over: tuple, dtype: DTypeLike) -> tuple[jax
 
 
 def _gather_backward(over: tuple, dtype: DTypeLike, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    gradient = gradient.astype(like.dtype)
-    for dimension, axes in enumerate(over):
-        if axes:
-            gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
-    return (gradient,)
+    return (_scatter(gradient.astype(like.dtype), over),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _scatter(gradient: jax.Array, over: tuple[tuple[str, ...], ...]) -> jax.Array:
+    for dimension, axes in enumerate(over):
+        if axes:
+            gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
+    return gradient
 
 
 def _restricted(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flax import linen as nn
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
@@ -22,9 +23,13 @@ from mixtral_jax.config import (
     require_positive,
     to_table,
 )
-from mixtral_jax.errors import InputError
+from mixtral_jax.errors import InputError, together
 from mixtral_jax.model.dispatch import group
+from mixtral_jax.model.transformer import abstract_params
+from mixtral_jax.sharding.axes import MESH_AXES
 from mixtral_jax.sharding.mesh import MeshConfig
+from mixtral_jax.sharding.partition import indivisible, storage_specs
+from mixtral_jax.sharding.rules import TRAINING
 from mixtral_jax.train.data import DataConfig
 from mixtral_jax.train.losses import LossConfig
 from mixtral_jax.train.optimizer import OptimizerConfig, learning_rate
@@ -91,25 +96,37 @@ class TrainConfig:
         """The mesh for so many devices.
 
         Raises:
-          InputError: the mesh, or the batch, the sequence or a capacity group over it, does not divide.
+          InputError: the axes' product is not that number; or, all in one message, what the mesh does not divide of the
+            batch, the sequence, a capacity group and the model.
         """
         mesh = self.mesh.resolve(num_devices)
-        rows, shards = self.data.batch_size // self.accumulation, mesh.data * mesh.fsdp * mesh.expert
-        require(
-            rows % shards == 0,
-            "data.batch_size",
-            self.data.batch_size,
-            f"a micro-batch's {rows} rows must be a multiple of mesh data x fsdp x expert = {shards}",
-        )
-        length = self.data.sequence_length
-        require(
-            length % mesh.context == 0, "mesh.context", mesh.context, f"must divide data.sequence_length = {length}"
-        )
-        try:
-            group(length // mesh.context, self.dispatch.group_size)
-        except ValueError as error:
-            raise InputError("dispatch.group_size", self.dispatch.group_size, str(error)) from None
+        problems = [*self._indivisible_batch(mesh), *self._indivisible_model(mesh)]
+        if problems:
+            raise together(problems)
         return mesh
+
+    def _indivisible_batch(self, mesh: MeshConfig) -> Iterator[InputError]:
+        rows, shards = self.data.batch_size // self.accumulation, mesh.data * mesh.fsdp * mesh.expert
+        if rows % shards:
+            allowed = f"a micro-batch's {rows} rows must be a multiple of mesh data x fsdp x expert = {shards}"
+            yield InputError("data.batch_size", self.data.batch_size, allowed)
+        length = self.data.sequence_length
+        if length % mesh.context:
+            yield InputError("mesh.context", mesh.context, f"must divide data.sequence_length = {length}")
+        elif self.dispatch.capacity_factor is not None and self.model.moe is not None:
+            try:
+                group(length, self.dispatch.group_size, mesh.context)
+            except InputError as error:
+                yield InputError("dispatch.group_size", self.dispatch.group_size, error.allowed)
+
+    def _indivisible_model(self, mesh: MeshConfig) -> Iterator[InputError]:
+        moe = self.model.moe
+        if moe is not None and moe.num_experts % mesh.expert:
+            yield InputError("mesh.expert", mesh.expert, f"must divide the model's {moe.num_experts} experts")
+        params = abstract_params(self.model)
+        sizes: dict[str, int] = {axis: mesh.size(axis) for axis in MESH_AXES}
+        for phrase in indivisible(nn.unbox(params), storage_specs(params, TRAINING), sizes):
+            yield InputError("mesh", ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1), phrase)
 
 
 def load(name: str | Path, settings: Iterable[str] = ()) -> TrainConfig:

@@ -13,7 +13,7 @@ from mixtral_jax.config import STRICT, require
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.routing import Statistics
 from mixtral_jax.model.transformer import UNEMBEDDING_AXES
-from mixtral_jax.sharding.partition import over_tokens
+from mixtral_jax.sharding.partition import gather_weight, over_tokens
 from mixtral_jax.sharding.rules import Rules
 
 _Pair = tuple[jax.Array, jax.Array]
@@ -151,9 +151,10 @@ def batch_cross_entropy(
     """
 
     def on_shard(hidden: jax.Array, target: jax.Array, weight: jax.Array, unembedding: jax.Array) -> jax.Array:
+        unembedding = gather_weight(unembedding, UNEMBEDDING_AXES, rules, product_dtype)
         return cross_entropy(hidden, unembedding, target, weight, chunk, product_dtype)[None, None]
 
-    on_shards = over_tokens(on_shard, UNEMBEDDING_AXES, rules, product_dtype)
+    on_shards = over_tokens(on_shard, UNEMBEDDING_AXES, rules)
     return jnp.sum(on_shards(hidden_BTD, target_BT, weight_BT, unembedding_DV))
 
 

@@ -8,9 +8,10 @@ import jax
 from flax import linen as nn
 
 from mixtral_jax.config import Execution, ModelConfig
-from mixtral_jax.model.backends.chunked import cached_attention, self_attention
+from mixtral_jax.model.backends.chunked import cached_attention
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.cache import LayerCache, View, advance
+from mixtral_jax.model.context_parallel import attention
 from mixtral_jax.model.parameters import weight
 from mixtral_jax.model.rope import Rotation, rotate
 from mixtral_jax.sharding.axes import LogicalAxis
@@ -55,7 +56,7 @@ class Attention(nn.Module):
             visible_BTS = context.view.visible_BTS
         if visible_BTS is None:
             window = config.sliding_window
-            mixed = self_attention(q_BTKGH, k_BTKH, v_BTKH, context.segment_BT, window, chunk, dtype)
+            mixed = attention(q_BTKGH, k_BTKH, v_BTKH, context.segment_BT, window, chunk, dtype, self.rules)
         else:
             mixed = cached_attention(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, chunk, dtype)
         mixed_BTNH = mixed.astype(execution.activation_dtype).reshape(q_BTNH.shape)

@@ -146,13 +146,13 @@ def combine(y_MD: jax.Array, gate_NA: jax.Array, slots: Slots) -> jax.Array:
     return jnp.sum(y_NAD * gate_NA[..., None], axis=1)
 
 
-def group(length: int, group_size: int) -> int:
-    """Tokens a capacity group has in sequences of this length.
+def group(length: int, group_size: int, shards: int = 1) -> int:
+    """Tokens a capacity group has in sequences of this length, split into so many shards.
 
     Raises:
-      InputError: the group size does not divide a longer sequence.
+      InputError: the group size does not divide a longer sequence, or its part on a shard.
     """
     size = min(group_size, length)
-    allowed = f"must divide the {length} tokens of a sequence (of one shard)"
-    require(length % size == 0, "group_size", group_size, allowed)
+    allowed = f"must divide the {length // shards} tokens of a sequence{' on one shard' if shards > 1 else ''}"
+    require(length % (shards * size) == 0, "group_size", group_size, allowed)
     return size

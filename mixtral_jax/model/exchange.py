@@ -3,7 +3,7 @@
 Each shard has M rows, one a choice of its tokens, in the order of the experts they chose; S shards hold E / S experts
 each. A shard's queue is all rows for its experts, those of its first expert first, and of one expert those of the first
 shard first. It may be S times as long as a shard's own rows, so it is served in rounds of R rows: as many rounds as the
-longest queue takes, one where routing is balanced. With S = 2, E = 2, and shards that send [2, 1] and [3, 0] rows to
+longest queue takes. With S = 2, E = 2, and shards that send [2, 1] and [3, 0] rows to
 experts 0 and 1, shard 0's queue has 5 rows and shard 1's has 1; for R = 4:
 
     round 0     shard 0 serves     rows 0, 1 of shard 0, rows 0, 1 of shard 1       shard 1 serves     row 2 of shard 0
@@ -16,20 +16,10 @@ by `ragged_all_to_all`; where the platform has none, on CPU, by an `all_to_all` 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from mixtral_jax.config import Execution
-from mixtral_jax.model.backends.ragged import grouped_product, grouped_swiglu, grouped_weight_gradient
-from mixtral_jax.model.dispatch import Slots, collect, combine, spread
-from mixtral_jax.model.feed_forward import SwiGLU
-
-
-def buffer_rows(rows: int) -> int:
-    """R for a shard with so many rows: what balanced routing brings and a quarter more, in whole tiles of 8."""
-    return -(-(rows * 5 // 4) // 8) * 8
 
 
 class Transfer(NamedTuple):
@@ -138,122 +128,3 @@ def _emulated(
     written_SR = jax.lax.all_to_all(written_SR, axis, split_axis=0, concat_axis=0, tiled=True)
     written_R1 = jnp.any(written_SR, axis=0)[:, None]
     return jnp.where(written_R1, jnp.sum(came_SRD, axis=0, dtype=came_SRD.dtype), into_RD)
-
-
-class Exchange(NamedTuple):
-    """What is static in an exchange."""
-
-    execution: Execution
-    axis: str
-    """The mesh axis of the experts' shards."""
-    axes: tuple[str, ...]
-    """All axes that tokens are split over: their shards take the same number of rounds."""
-    rows: int
-    """R, of the buffer."""
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def exchanged_swiglu(
-    exchange: Exchange, x_ND: jax.Array, gate_NA: jax.Array, weights: SwiGLU, slots: Slots, sizes_E: jax.Array
-) -> jax.Array:
-    """Each token through its chosen experts, wherever they are: the gates' sum of their results, float32 [N, D].
-
-    The backward pass sends the tokens again, with their cotangents: no more than a round's rows is ever held.
-
-    Args:
-      x_ND: a shard's tokens, in the product dtype.
-      gate_NA: float32.
-      weights: of the shard's own experts.
-      slots: from `sorted_slots`.
-      sizes_E: int32, the shard's rows for each of all experts.
-    """
-    execution, axis = exchange.execution, exchange.axis
-    x_MD = spread(x_ND, slots)
-    sizes_SE = jax.lax.all_gather(sizes_E, axis)
-    shard = jax.lax.axis_index(axis)
-
-    def serve(number: jax.Array, y_MD: jax.Array) -> jax.Array:
-        plan = plan_round(sizes_SE, shard, number, exchange.rows)
-        x_RD = transfer(x_MD, plan.there, _buffer(exchange, x_MD), axis)
-        y_RD = grouped_swiglu(x_RD, weights, plan.sizes_E, execution)
-        return transfer(y_RD, plan.back, y_MD, axis)
-
-    y_MD = jnp.zeros(x_MD.shape, execution.activation_dtype)
-    return combine(jax.lax.fori_loop(0, _rounds(exchange, sizes_SE), serve, y_MD), gate_NA, slots)
-
-
-def _forward(
-    exchange: Exchange, x_ND: jax.Array, gate_NA: jax.Array, weights: SwiGLU, slots: Slots, sizes_E: jax.Array
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    inputs = x_ND, gate_NA, weights, slots, sizes_E
-    return exchanged_swiglu(exchange, *inputs), inputs
-
-
-def _backward(exchange: Exchange, inputs: tuple[Any, ...], gradient_ND: jax.Array) -> tuple[Any, ...]:
-    x_ND, gate_NA, weights, slots, sizes_E = inputs
-    axis = exchange.axis
-    x_MD = spread(x_ND, slots)
-    dy_MD = spread(gradient_ND.astype(x_ND.dtype), slots)
-    gate_M1 = gate_NA.reshape(-1).at[slots.assignment_M].get(mode="fill", fill_value=0)[:, None]
-    sizes_SE = jax.lax.all_gather(sizes_E, axis)
-    shard = jax.lax.axis_index(axis)
-
-    def serve(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        dx_MD, dgate_M1, dweights = carry
-        plan = plan_round(sizes_SE, shard, number, exchange.rows)
-        x_RD, dy_RD, gate_R1 = (
-            transfer(each, plan.there, _buffer(exchange, each), axis) for each in (x_MD, dy_MD, gate_M1)
-        )
-        dx_RD, dgate_R1, more = _pull(exchange.execution, x_RD, dy_RD, gate_R1, weights, plan.sizes_E)
-        dx_MD = transfer(dx_RD, plan.back, dx_MD, axis)
-        dgate_M1 = transfer(dgate_R1, plan.back, dgate_M1, axis)
-        return dx_MD, dgate_M1, jax.tree.map(jnp.add, dweights, more)
-
-    zeros = (
-        jnp.zeros_like(x_MD),
-        jnp.zeros_like(gate_M1),
-        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights),
-    )
-    dx_MD, dgate_M1, dweights = jax.lax.fori_loop(0, _rounds(exchange, sizes_SE), serve, zeros)
-    dx_ND = jnp.sum(collect(dx_MD, slots), axis=1, dtype=jnp.float32).astype(x_ND.dtype)
-    dgate_NA = collect(dgate_M1, slots)[..., 0]
-    dweights = jax.tree.map(lambda own, leaf: own.astype(leaf.dtype), dweights, weights)
-    return dx_ND, dgate_NA, dweights, None, None
-
-
-exchanged_swiglu.defvjp(_forward, _backward)
-
-
-def _pull(
-    execution: Execution, x_RD: jax.Array, dy_RD: jax.Array, gate_R1: jax.Array, weights: SwiGLU, sizes_E: jax.Array
-) -> tuple[jax.Array, jax.Array, SwiGLU]:
-    """From the cotangents of rows' gated results to those of the rows, of the gates, and of the weights (float32)."""
-    dtype, activation = execution.product_dtype, execution.activation_dtype
-
-    def product(x: jax.Array, w: jax.Array) -> jax.Array:
-        return grouped_product(x, w, sizes_E, dtype).astype(activation)
-
-    def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return grouped_weight_gradient(x.astype(dtype), dy.astype(dtype), sizes_E)
-
-    gate_RF, up_RF = product(x_RD, weights.gate), product(x_RD, weights.up)
-    hidden_RF, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate_RF, up_RF)
-    dhidden_RF = product(dy_RD, jnp.swapaxes(weights.down, 1, 2))
-    # down is linear: the result's product with its cotangent is had without the result.
-    dgate_R1 = jnp.sum(hidden_RF.astype(jnp.float32) * dhidden_RF, axis=1, keepdims=True)
-    dgate_RF, dup_RF = pull((dhidden_RF * gate_R1).astype(activation))
-    dx_RD = product(dgate_RF, jnp.swapaxes(weights.gate, 1, 2)) + product(dup_RF, jnp.swapaxes(weights.up, 1, 2))
-    dweights = SwiGLU(
-        gate=weight_gradient(x_RD, dgate_RF),
-        up=weight_gradient(x_RD, dup_RF),
-        down=weight_gradient(hidden_RF, dy_RD * gate_R1),
-    )
-    return dx_RD.astype(x_RD.dtype), dgate_R1, dweights
-
-
-def _rounds(exchange: Exchange, sizes_SE: jax.Array) -> jax.Array:
-    return jax.lax.pmax(rounds(sizes_SE, exchange.rows), exchange.axes)
-
-
-def _buffer(exchange: Exchange, like_MD: jax.Array) -> jax.Array:
-    return jnp.zeros((exchange.rows, like_MD.shape[1]), like_MD.dtype)

@@ -19,15 +19,23 @@ from mixtral_jax.config import Dispatch, Execution, ModelConfig, MoEConfig
 from mixtral_jax.model import dispatch as moves
 from mixtral_jax.model.backends.by_need import by_need
 from mixtral_jax.model.backends.products import einsum
-from mixtral_jax.model.backends.ragged import grouped_swiglu
-from mixtral_jax.model.exchange import Exchange, buffer_rows, exchanged_swiglu
-from mixtral_jax.model.feed_forward import SwiGLU, swiglu
+from mixtral_jax.model.experts import (
+    AXES,
+    ENTER_AXES,
+    LEAVE_AXES,
+    Form,
+    Places,
+    Queue,
+    Rows,
+    differentiable_mixture,
+    mixture,
+)
+from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.parameters import stored_weight, weight
 from mixtral_jax.model.routing import Statistics, route, statistics
-from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.mesh import current_mesh
 from mixtral_jax.sharding.partition import over_parts, over_tokens
-from mixtral_jax.sharding.rules import Rules
+from mixtral_jax.sharding.rules import TRAINING, Rules
 
 
 def apply_experts(
@@ -35,21 +43,21 @@ def apply_experts(
     expert_BTA: jax.Array,
     gate_BTA: jax.Array,
     mask_BT: jax.Array,
-    weights: SwiGLU,
+    parts: SwiGLU,
     *,
     num_experts: int,
     dispatch: Dispatch,
     execution: Execution,
+    rules: Rules = TRAINING,
     group_size: int | None = None,
     shards: int = 1,
-    axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Each token through its chosen experts: the gates' sum of their results.
 
     Args:
-      weights: of all experts, or of one of `shards` equal parts of them, on a mesh axis named `expert`.
-      group_size: tokens that share a capacity; divides T. Unused where there is none.
-      axes: the mesh axes whose shards each call this with tokens of their own.
+      parts: of all experts' weights, or, of one of `shards` equal groups of them on the mesh axis `expert`, what this
+        shard stores.
+      group_size: tokens that share a capacity; divides T. None: a sequence's.
 
     Returns:
       float32 [B, T, D], and bool [B, T, A]: whether the choice was served.
@@ -58,35 +66,23 @@ def apply_experts(
     choices = expert_BTA.shape[-1]
     x_ND = x_BTD.reshape(-1, dim).astype(execution.product_dtype)
     gate_NA = gate_BTA.reshape(-1, choices)
-    if dispatch.capacity_factor is not None:
-        assert group_size is not None
+    form: Form
+    sizes_E = None
+    if dispatch.capacity_factor is None:
+        slots, sizes_E = moves.sorted_slots(expert_BTA.reshape(-1, choices), mask_BT.reshape(-1), num_experts)
+        rows = min(dispatch.exchange_rows, shards * gate_NA.size)
+        form = Rows(execution, rules, rows) if shards == 1 else Queue(execution, rules, rows)
+    else:
+        group_size = group_size or length
         groups = expert_BTA.reshape(-1, group_size, choices), mask_BT.reshape(-1, group_size)
         slots = moves.capacity_slots(*groups, num_experts, dispatch)
-        x_ECD = moves.spread(x_ND, slots).reshape(num_experts, -1, dim)
-        y_MD = _there_and_back(x_ECD, shards, partial(swiglu, weights=weights, execution=execution)).reshape(-1, dim)
-        y_ND = moves.combine(y_MD, gate_NA, slots)
+        form = Places(execution, rules, num_experts, shards)
+    if execution.remat == "full" or isinstance(form, Queue):
+        y_ND = mixture(form, x_ND, gate_NA, parts, slots, sizes_E)
     else:
-        slots, sizes_E = moves.sorted_slots(expert_BTA.reshape(-1, choices), mask_BT.reshape(-1), num_experts)
-        if shards == 1:
-            y_MD = grouped_swiglu(moves.spread(x_ND, slots), weights, sizes_E, execution)
-            y_ND = moves.combine(y_MD, gate_NA, slots)
-        else:
-            exchange = Exchange(execution, "expert", axes, buffer_rows(gate_NA.size))
-            y_ND = exchanged_swiglu(exchange, x_ND, gate_NA, weights, slots, sizes_E)
+        y_ND = differentiable_mixture(form, x_ND, gate_NA, parts, slots, sizes_E)
     kept_NA = slots.slot_NA < slots.assignment_M.size
     return y_ND.reshape(x_BTD.shape), kept_NA.reshape(batch, length, choices)
-
-
-def _there_and_back(x_ECD: jax.Array, shards: int, experts: partial[jax.Array]) -> jax.Array:
-    """Slots to the shards that hold their experts, through those, and back."""
-    if shards == 1:
-        return experts(x_ECD)
-    x_ECD = jax.lax.all_to_all(x_ECD, "expert", split_axis=0, concat_axis=1, tiled=True)
-    return jax.lax.all_to_all(experts(x_ECD), "expert", split_axis=1, concat_axis=0, tiled=True)
-
-
-_ENTER_AXES: Names = ("experts", "expert_embed", "hidden")
-_LEAVE_AXES: Names = ("experts", "hidden", "expert_embed")
 
 
 class MoE(nn.Module):
@@ -131,25 +127,27 @@ class MoE(nn.Module):
         enter = (moe.num_experts, self.config.dim, self.config.hidden_dim)
         leave = (moe.num_experts, self.config.hidden_dim, self.config.dim)
         return SwiGLU(
-            gate=stored_weight(self, "gate", enter, _ENTER_AXES),
-            up=stored_weight(self, "up", enter, _ENTER_AXES),
-            down=stored_weight(self, "down", leave, _LEAVE_AXES),
+            gate=stored_weight(self, "gate", enter, ENTER_AXES),
+            up=stored_weight(self, "up", enter, ENTER_AXES),
+            down=stored_weight(self, "down", leave, LEAVE_AXES),
         )
 
     def _on_mesh(self, moe: MoEConfig, length: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """apply_experts, on each shard's own tokens where there is a mesh."""
         mesh = current_mesh()
+        context = 1 if mesh is None else mesh.shape["context"]
+        capacity = self.dispatch.capacity_factor is not None
+        size = moves.group(length, self.dispatch.group_size, context) if capacity else None
         serve = partial(
             apply_experts,
             num_experts=moe.num_experts,
             dispatch=self.dispatch,
             execution=self.execution,
-            group_size=None if self.dispatch.capacity_factor is None else moves.group(length, self.dispatch.group_size),
+            rules=self.rules,
+            group_size=size,
             shards=1 if mesh is None else mesh.shape["expert"],
-            axes=(*self.rules.mesh_axes("batch"), *self.rules.mesh_axes("length")),
         )
-        names = SwiGLU._make((_ENTER_AXES, _ENTER_AXES, _LEAVE_AXES))
-        return over_tokens(serve, names, self.rules, self.execution.product_dtype)
+        return over_tokens(serve, AXES, self.rules)
 
 
 def _layouts(experts: tuple[SwiGLU, ...], axes: tuple[str, ...]) -> Any:

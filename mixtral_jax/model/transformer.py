@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from mixtral_jax.model.rope import rotation
 from mixtral_jax.model.routing import Statistics
 from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.mesh import current_mesh
-from mixtral_jax.sharding.partition import GATHERED, constrain, over_tokens, use_weight
+from mixtral_jax.sharding.partition import GATHERED, constrain, gather_weight, over_tokens, use_weight
 from mixtral_jax.sharding.rules import TRAINING, Rules
 
 EMBEDDING_AXES: Names = ("vocab", "embed")
@@ -130,7 +131,7 @@ class Transformer(nn.Module):
         mask_BT = jnp.ones((batch, length), bool) if segment_BT is None else segment_BT != 0
         context = Context(rotation(position_BT, self.config.head_dim, self.config.rope_theta), mask_BT, segment_BT)
         # Each shard looks up its own tokens: the gradient is then summed over the shards once, whole rows at a time.
-        look_up = over_tokens(lambda tokens, table: table[tokens], EMBEDDING_AXES, self.rules)
+        look_up = over_tokens(partial(_look_up, rules=self.rules), EMBEDDING_AXES, self.rules)
         x_BTD = look_up(tokens_BT, self.embedding_VD).astype(self.execution.activation_dtype)
         x_BTD, (routing, _) = self.layers(x_BTD, context, None)
         return self.norm(x_BTD), routing
@@ -138,6 +139,10 @@ class Transformer(nn.Module):
     def unembedding(self) -> jax.Array:
         """The matrix [D, V] from the last layer's output to logits, as it is stored."""
         return self.embedding_VD.T if self.config.tie_embeddings else self.unembedding_DV
+
+
+def _look_up(tokens_BT: jax.Array, table_VD: jax.Array, rules: Rules) -> jax.Array:
+    return gather_weight(table_VD, EMBEDDING_AXES, rules, table_VD.dtype)[tokens_BT]
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:

@@ -11,7 +11,7 @@ from oracles import attention as oracle
 from oracles import tiny
 
 from mixtral_jax.model import cache as c
-from mixtral_jax.model.backends.chunked import cached_attention, self_attention
+from mixtral_jax.model.backends.chunked import Keys, cached_attention, self_attention
 
 K, G, H = 2, 2, 8  # as in tiny.config
 W = 4
@@ -24,7 +24,7 @@ def _advance(cache, real_BT, q, k, v, window, fresh=False):
     view, cache, position_BT = c.view(cache, real_BT, window, fresh)
     layer, keys, values = c.advance(cache.layers[0], k, v, view)
     if view.visible_BTS is None:
-        y = self_attention(q, keys, values, None, window, 128, "float32")
+        y = self_attention(q, Keys(keys, values), None, window, 128, "float32")
     else:
         y = cached_attention(q, keys, values, view.visible_BTS, 128, "float32")
     return y, cache._replace(layers=(layer,)), position_BT

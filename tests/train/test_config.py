@@ -60,6 +60,12 @@ def test_refuses(toy_config, settings, message):
         (["mesh.data=3"], "mesh = 'data=3, expert=4': the axes' product must be exactly the 8 devices"),
         (["data.batch_size=4"], "data.batch_size = 4: .*multiple of mesh data x fsdp x expert = 8"),
         (["accumulation=2"], "data.batch_size = 8: a micro-batch's 4 rows"),
+        (["mesh.data=1", "mesh.expert=8"], "mesh.expert = 8: must divide the model's 4 experts"),
+        (["mesh.data=1", "mesh.tensor=4", "mesh.expert=2"], r"mesh = '.*': dimension 2 of layers.attention.key is 1"),
+        (
+            ["mesh.data=1", "mesh.expert=2", "mesh.context=4", "dispatch.group_size=16"],
+            "divide the 8 tokens.*on one shard",
+        ),
         (["mesh.data=1", "mesh.context=2", "data.sequence_length=31"], "mesh.context = 2: must divide"),
         (["dispatch.group_size=12"], "dispatch.group_size = 12: .*must divide the 32 tokens"),
     ],
@@ -67,6 +73,16 @@ def test_refuses(toy_config, settings, message):
 def test_refuses_what_does_not_divide(toy_config, settings, message):
     with pytest.raises(InputError, match=message):
         config.load(toy_config, settings).check_mesh(8)
+
+
+def test_all_that_does_not_divide_is_told_at_once(toy_config):
+    settings = ["mesh.data=1", "mesh.expert=8", "mesh.context=3", "mesh.tensor=4"]
+    with pytest.raises(InputError) as caught:
+        config.load(toy_config, settings).check_mesh(96)
+    lines = str(caught.value).splitlines()
+    assert [each.split(" = ")[0] for each in lines[:2]] == ["mesh.context", "mesh.expert"]
+    assert {each.split("'")[1] for each in lines[2:]} == {"expert=8, context=3, tensor=4"}
+    assert len(lines) > 6
 
 
 def test_only_some_keys_may_change_on_resume(toy_config):

@@ -1,12 +1,15 @@
 """Attention for XLA, a chunk of queries at a time, so that T x T scores never exist.
 
 A chunk of c queries needs c + W - 1 keys at most. Few chunks are unrolled, each with just the keys that it sees (for a
-causal mask without a window that saves half the work); many are scanned, each over as many keys as the widest needs.
+causal mask without a window that saves half the work); many are scanned, in a few spans, each chunk of a span over as
+many keys as its widest needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.masks import visible
 
 _MOST_UNROLLED = 16
+_SPANS = 4
 _MASKED = -1e30  # finite: a row that sees nothing yields the mean of the values, not NaN
 
 
@@ -38,10 +42,22 @@ def attend(
     return mixed_BTKGH / jnp.transpose(total_BKGT, (0, 3, 1, 2))[..., None]
 
 
+class Keys(NamedTuple):
+    """What a sequence of queries attends to: S places in order, of which the queries' own are T in a row."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    segment_BS: jax.Array | None = None
+    """Integers; None where each row is one segment."""
+    first_query: jax.Array | int = 0
+    """The place of the first query. Known when compiling, each chunk of queries is given only keys that it may see."""
+    absent: jax.Array | int = 0
+    """So many places at the start hold nothing."""
+
+
 def self_attention(
     q_BTKGH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    keys: Keys,
     segment_BT: jax.Array | None,
     window: int | None,
     chunk: int,
@@ -52,7 +68,7 @@ def self_attention(
     Distance is counted in places of the row, which within a segment is distance in position.
 
     Args:
-      segment_BT: integers, or None where each row is one segment.
+      segment_BT: integers, of the queries, or None where each row is one segment.
       window: W, or None.
       chunk: queries at a time.
 
@@ -60,40 +76,55 @@ def self_attention(
       float32 [B, T, K, G, H].
     """
     length = q_BTKGH.shape[1]
-    take = partial(_chunk, q_BTKGH, k_BTKH, v_BTKH, segment_BT, window, product_dtype)
+    take = partial(_chunk, q_BTKGH, keys, segment_BT, window, product_dtype)
     if length <= chunk * _MOST_UNROLLED:
-        spans = [_span(start, min(start + chunk, length), window) for start in range(0, length, chunk)]
+        spans = [_span(start, min(start + chunk, length), keys, window) for start in range(0, length, chunk)]
         outputs = [take(query, key, *sizes) for query, key, sizes in spans]
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
-    padding = -length % chunk
-    keys = length if window is None else min(length, chunk + window - 1)
+    # Without a window, later spans of queries have more keys to see: a scan's steps are all as wide as its last.
+    known = isinstance(keys.first_query, int)
+    spans_wanted = _SPANS if known and (window is None or window > length) else 1
+    span = -(-length // (chunk * spans_wanted)) * chunk
+    scan = partial(_scanned, take, keys, window, chunk)
+    outputs = [scan(start, min(start + span, length)) for start in range(0, length, span)]
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _scanned(take: Callable, keys: Keys, window: int | None, chunk: int, start: int, stop: int) -> jax.Array:
+    """Attention of the queries start..stop, at least a chunk of them, a chunk a step of a scan."""
+    num_places = keys.k_BSKH.shape[1]
+    if isinstance(keys.first_query, int):
+        num_places = keys.first_query + stop
+    num_keys = num_places if window is None else min(num_places, chunk + window - 1)
 
     def step(_: None, query_start: jax.Array) -> tuple[None, jax.Array]:
-        # The last chunk may begin earlier than its turn, to end with the sequence; its early queries are cut off below.
-        query_start = jnp.minimum(query_start, length - chunk)
-        return None, take(query_start, jnp.clip(query_start + chunk - keys, 0, length - keys), chunk, keys)
+        # The last chunk may begin earlier than its turn, to end with the span; its early queries are cut off below.
+        query_start = jnp.minimum(query_start, stop - chunk)
+        last_key = keys.first_query + query_start + chunk
+        return None, take(query_start, jnp.clip(last_key - num_keys, 0, num_places - num_keys), chunk, num_keys)
 
-    starts = jnp.arange(0, length, chunk)
-    _, outputs_XBTKGH = jax.lax.scan(step, None, starts)
-    *whole, last = [outputs_XBTKGH[:-1], outputs_XBTKGH[-1]]
-    body = jnp.moveaxis(whole[0], 0, 1).reshape(q_BTKGH.shape[0], length + padding - chunk, *q_BTKGH.shape[2:])
-    return jnp.concatenate([body, last[:, padding:]], axis=1)
+    _, outputs_XBTKGH = jax.lax.scan(step, None, jnp.arange(start, stop, chunk))
+    whole_XBTKGH, last_BTKGH = outputs_XBTKGH[:-1], outputs_XBTKGH[-1]
+    padding = (start - stop) % chunk
+    body_BTKGH = jnp.moveaxis(whole_XBTKGH, 0, 1).reshape(last_BTKGH.shape[0], -1, *last_BTKGH.shape[2:])
+    return jnp.concatenate([body_BTKGH, last_BTKGH[:, padding:]], axis=1)
 
 
-def _span(start: int, stop: int, window: int | None) -> tuple[int, int, tuple[int, int]]:
+def _span(start: int, stop: int, keys: Keys, window: int | None) -> tuple[int, int, tuple[int, int]]:
     """The first query, the first key that one of the queries sees, and how many of each.
 
-    Queries 4..7 with W = 3 see keys 2..7: (4, 2, (4, 6)).
+    Queries 4..7 with W = 3 see keys 2..7: (4, 2, (4, 6)). Those of a sequence whose place is not known may see any.
     """
-    first_key = 0 if window is None else max(0, start - window + 1)
-    return start, first_key, (stop - start, stop - first_key)
+    if not isinstance(keys.first_query, int):
+        return start, 0, (stop - start, keys.k_BSKH.shape[1])
+    first_key = 0 if window is None else max(0, keys.first_query + start - window + 1)
+    return start, first_key, (stop - start, keys.first_query + stop - first_key)
 
 
-@partial(jax.checkpoint, static_argnums=(4, 5, 8, 9))
+@partial(jax.checkpoint, static_argnums=(3, 4, 7, 8))
 def _chunk(
     q_BTKGH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    keys: Keys,
     segment_BT: jax.Array | None,
     window: int | None,
     product_dtype: str,
@@ -105,14 +136,15 @@ def _chunk(
     # Its scores are computed again in the backward pass: kept, they would add up to T x T.
     slice_queries = partial(jax.lax.dynamic_slice_in_dim, start_index=query_start, slice_size=num_queries, axis=1)
     slice_keys = partial(jax.lax.dynamic_slice_in_dim, start_index=key_start, slice_size=num_keys, axis=1)
-    query_position_T = query_start + jnp.arange(num_queries)
-    key_position_S = key_start + jnp.arange(num_keys)
-    if segment_BT is None:
+    query_position_T = keys.first_query + query_start + jnp.arange(num_queries)
+    place_S = key_start + jnp.arange(num_keys)
+    key_position_S = jnp.where(place_S >= keys.absent, place_S, -1)
+    if segment_BT is None or keys.segment_BS is None:
         visible_BTS = visible(query_position_T, key_position_S, window)[None]
     else:
-        segments = slice_queries(segment_BT), slice_keys(segment_BT)
+        segments = slice_queries(segment_BT), slice_keys(keys.segment_BS)
         visible_BTS = visible(query_position_T[None], key_position_S[None], window, *segments)
-    return attend(slice_queries(q_BTKGH), slice_keys(k_BTKH), slice_keys(v_BTKH), visible_BTS, product_dtype)
+    return attend(slice_queries(q_BTKGH), slice_keys(keys.k_BSKH), slice_keys(keys.v_BSKH), visible_BTS, product_dtype)
 
 
 def cached_attention(

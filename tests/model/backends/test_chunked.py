@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from oracles import attention as oracle
 
-from mixtral_jax.model.backends.chunked import attend, cached_attention, self_attention
+from mixtral_jax.model.backends.chunked import Keys, attend, cached_attention, self_attention
 from mixtral_jax.model.masks import visible
 
 HEADS = (2, 3, 8)  # K, G, H
@@ -27,7 +27,9 @@ def _check(length, window, chunk, segment_BT=None):
 
     @jax.jit
     def value_and_gradients(q, k, v, cotangent):
-        y, vjp = jax.vjp(lambda *qkv: self_attention(*qkv, segment_BT, window, chunk, "float32"), q, k, v)
+        y, vjp = jax.vjp(
+            lambda q, k, v: self_attention(q, Keys(k, v, segment_BT), segment_BT, window, chunk, "float32"), q, k, v
+        )
         return y, *vjp(cotangent)
 
     seen = oracle.mask(np.ones((len(q), length)) if segment_BT is None else segment_BT, window)
@@ -58,7 +60,9 @@ def test_long_sequences_are_scanned():
     """The two tests above would show nothing if they took the same path."""
 
     def scans(length):
-        jaxpr = jax.make_jaxpr(lambda q, k, v: self_attention(q, k, v, None, W, 2, "float32"))(*_inputs(length)[:3])
+        jaxpr = jax.make_jaxpr(lambda q, k, v: self_attention(q, Keys(k, v), None, W, 2, "float32"))(
+            *_inputs(length)[:3]
+        )
         return str(jaxpr).count("scan[")
 
     assert (scans(32), scans(33)) == (0, 1)
@@ -92,14 +96,14 @@ def test_a_query_that_sees_nothing_is_finite_and_has_no_gradient():
 def test_large_scores_do_not_overflow():
     q, k, v, _ = _inputs(8)
     seen = oracle.mask(np.ones((2, 8)), None)
-    y = self_attention(1000 * q, k, v, None, None, 4, "float32")
+    y = self_attention(1000 * q, Keys(k, v), None, None, 4, "float32")
     np.testing.assert_allclose(y, oracle.attention(1000 * q, k, v, seen), atol=1e-3)
 
 
 def test_bfloat16_products_are_close():
     q, k, v, _ = _inputs(12)
     exact = oracle.attention(q, k, v, oracle.mask(np.ones((2, 12)), W))
-    y = self_attention(q, k, v, None, W, 4, "bfloat16")
+    y = self_attention(q, Keys(k, v), None, W, 4, "bfloat16")
     assert y.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 1e-2
 
@@ -125,7 +129,7 @@ def test_memory_of_a_training_step_is_far_below_dense(window, most):
         return attend(q, k, v, visible(jnp.arange(length), jnp.arange(length), window)[None], "float32")
 
     def chunked(q, k, v):
-        return self_attention(q, k, v, None, window, 128, "float32")
+        return self_attention(q, Keys(k, v), None, window, 128, "float32")
 
     def temporary_bytes(form):
         shapes = [jax.ShapeDtypeStruct((1, length, *dims, 8), jnp.float32) for dims in ((1, 1), (1,), (1,))]
@@ -141,7 +145,7 @@ class ShapeTest(chex.TestCase):
         q, k, v, _ = _inputs(8)
         seen_BTS = jnp.ones((2, 8, 8), bool)
         outputs = [
-            self.variant(lambda *qkv: self_attention(*qkv, None, W, 4, "bfloat16"))(q, k, v),
+            self.variant(lambda q, k, v: self_attention(q, Keys(k, v), None, W, 4, "bfloat16"))(q, k, v),
             self.variant(lambda *inputs: attend(*inputs, "bfloat16"))(q, k, v, seen_BTS),
             self.variant(lambda *inputs: cached_attention(*inputs, 4, "bfloat16"))(q, k, v, seen_BTS),
         ]

@@ -1,0 +1,89 @@
+"""Attention over a sequence that is split over the mesh: which keys and values a shard needs of the others.
+
+With a window of W a shard's queries see the W - 1 keys before its own first one: it gets those from its neighbours to
+the left, whatever the sequence's length. With 4 tokens a shard and W = 7, shard 2 (tokens 8..11) needs tokens 2..7:
+
+    from shard 0    tokens 2, 3        its last (W - 1) - 4
+    from shard 1    tokens 4..7        all of it
+
+Without a window each shard gets all keys and values: with grouped queries they are the smaller part of a layer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from mixtral_jax.model.backends.chunked import Keys, self_attention
+from mixtral_jax.sharding.mesh import current_mesh
+from mixtral_jax.sharding.rules import Rules
+
+
+def attention(
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_BT: jax.Array | None,
+    window: int | None,
+    chunk: int,
+    product_dtype: str,
+    rules: Rules,
+) -> jax.Array:
+    """What `self_attention` gives, float32 [B, T, K, G, H], where T may be split over the current mesh."""
+    settings: Any = {"window": window, "chunk": chunk, "product_dtype": product_dtype}
+    axes, mesh = rules.mesh_axes("length"), current_mesh()
+    if mesh is None or all(mesh.shape[axis] == 1 for axis in axes):
+        return self_attention(q_BTKGH, Keys(k_BTKH, v_BTKH, segment_BT), segment_BT, **settings)
+    (axis,) = axes
+    gather = _all if window is None else partial(_neighbours, halo=window - 1)
+
+    def on_shard(q_BTKGH: jax.Array, *own: Any) -> jax.Array:
+        keys = Keys(*own)
+        return self_attention(q_BTKGH, gather(keys, axis), keys.segment_BS, **settings)
+
+    split = PartitionSpec(None, axis)
+    mapped = jax.shard_map(on_shard, in_specs=split, out_specs=split, axis_names={axis}, check_vma=False)
+    mixed_BTKGH: jax.Array = mapped(q_BTKGH, k_BTKH, v_BTKH, segment_BT)
+    return mixed_BTKGH
+
+
+def halo_pieces(halo: int, length: int, num_shards: int) -> list[tuple[int, int]]:
+    """Where a shard of `length` tokens gets the `halo` tokens before its own: how many shards to the left, and how many
+    of that shard's last tokens; the farthest first. No farther than there are shards.
+
+    A halo of 6 over shards of 4: [(2, 2), (1, 4)].
+    """
+    hops = min(-(-halo // length), num_shards - 1)
+    return [(hop, min(length, halo - (hop - 1) * length)) for hop in range(hops, 0, -1)]
+
+
+def _neighbours(own: Keys, axis: str, halo: int) -> Keys:
+    """A shard's keys and those of the halo before them. The first shards have fewer neighbours than places for them."""
+    length, num_shards = own.k_BSKH.shape[1], jax.lax.axis_size(axis)
+    pieces = halo_pieces(halo, length, num_shards)
+
+    def extend(x: jax.Array) -> jax.Array:
+        received = [
+            jax.lax.ppermute(x[:, length - count :], axis, [(i, i + hop) for i in range(num_shards - hop)])
+            for hop, count in pieces
+        ]
+        return jnp.concatenate([*received, x], axis=1)
+
+    before = sum(count for _, count in pieces)
+    absent = jnp.maximum(before - jax.lax.axis_index(axis) * length, 0)
+    return _each(extend, own)._replace(first_query=before, absent=absent)
+
+
+def _all(own: Keys, axis: str) -> Keys:
+    """The keys of the whole sequence."""
+    gather: Any = partial(jax.lax.all_gather, axis_name=axis, axis=1, tiled=True)
+    return _each(gather, own)._replace(first_query=jax.lax.axis_index(axis) * own.k_BSKH.shape[1])
+
+
+def _each(function: Any, keys: Keys) -> Keys:
+    segment_BS = None if keys.segment_BS is None else function(keys.segment_BS)
+    return Keys(function(keys.k_BSKH), function(keys.v_BSKH), segment_BS)
