@@ -44,7 +44,7 @@ def use_weight(weight: jax.Array, names: Names, rules: Rules, dtype: DTypeLike |
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _used(weight: jax.Array, names: Names, rules: Rules, dtype: DTypeLike) -> jax.Array:
-    return jax.lax.with_sharding_constraint(weight.astype(dtype), rules.use(names))
+    return jax.lax.with_sharding_constraint(_cast(weight, dtype), rules.use(names))
 
 
 def _used_forward(weight: jax.Array, names: Names, rules: Rules, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
@@ -162,7 +162,7 @@ def _only_stored(names: Names, rules: Rules) -> tuple[tuple[str, ...], ...]:
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(part: jax.Array, over: tuple[tuple[str, ...], ...], dtype: DTypeLike) -> jax.Array:
     """The whole of an array of which each shard has a part: dimension d of it is split over the axes over[d]."""
-    part = part.astype(dtype)
+    part = _cast(part, dtype)
     for dimension, axes in enumerate(over):
         if axes:
             part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
@@ -185,6 +185,11 @@ def _scatter(gradient: jax.Array, over: tuple[tuple[str, ...], ...]) -> jax.Arra
         if axes:
             gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True)
     return gradient
+
+
+def _cast(weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """A layer's weight in dtype. The compiler would else cast all layers' before the first one, and keep them."""
+    return weight if weight.dtype == dtype else jax.lax.optimization_barrier(weight).astype(dtype)
 
 
 def _restricted(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:

@@ -1,5 +1,7 @@
 """Shardings of whole trees, the one message of what does not divide, and functions on each shard's own tokens."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,15 @@ from oracles import tiny
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.transformer import abstract_params
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
-from mixtral_jax.sharding.partition import constrain, named_shardings, over_parts, over_tokens, place, use_weight
+from mixtral_jax.sharding.partition import (
+    constrain,
+    gather_weight,
+    named_shardings,
+    over_parts,
+    over_tokens,
+    place,
+    use_weight,
+)
 from mixtral_jax.sharding.rules import DECODING, TRAINING
 
 
@@ -88,15 +98,21 @@ def test_over_tokens_is_the_function_itself_without_a_mesh():
     def function(x, w):
         return x * w
 
-    assert over_tokens(function, P("data"), P()) is function
+    assert over_tokens(function, ("norm",), TRAINING) is function
 
 
-def test_over_tokens_sums_the_weights_gradient_over_shards(mesh):
-    x, w = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4, 3)), jnp.float32), jnp.arange(1.0, 4.0)
+@pytest.mark.parametrize("names", [("norm",), ("embed",), ("expert_embed",)])
+def test_over_tokens_sums_the_weights_gradient_over_shards(mesh, names):
+    """Of a weight that each shard has, and of one that is stored in parts."""
+    x, w = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4, 16)), jnp.float32), jnp.arange(16.0) / 8
 
     def loss(x, w):
-        spread = over_tokens(lambda x, w: jnp.tanh(x * w[None, None]), TRAINING.use(("batch", "length")), P())
-        return jnp.sum(spread(x, w) ** 2)
+        def on_shard(x, w):
+            w = gather_weight(w, names, TRAINING, w.dtype)
+            assert w.shape == (16,)
+            return jnp.tanh(x * w[None, None])
+
+        return jnp.sum(over_tokens(on_shard, names, TRAINING)(x, w) ** 2)
 
     expected = jax.grad(loss, (0, 1))(x, w)
     with jax.set_mesh(mesh):
@@ -110,9 +126,31 @@ def test_over_tokens_sees_its_own_shard(mesh):
         return jnp.broadcast_to(jnp.sum(x), x.shape) + w
 
     with jax.set_mesh(mesh):
-        spread = over_tokens(shard_sum, TRAINING.use(("batch", "length")), P())
+        spread = over_tokens(shard_sum, (), TRAINING)
         sums = jax.jit(spread)(jnp.ones((16, 4)), jnp.zeros(()))
     np.testing.assert_array_equal(sums, np.full((16, 4), 2 * 4))
+
+
+def test_weights_are_gathered_in_the_dtype_wanted_and_their_gradients_scattered_in_their_own(mesh):
+    names = ("embed", "hidden")
+    w = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, TRAINING.storage(names)))
+
+    def loss(w):
+        def on_shard(x, w):
+            return x * jnp.sum(gather_weight(w, names, TRAINING, jnp.bfloat16))
+
+        spread = over_tokens(on_shard, names, TRAINING)(jnp.ones((8, 4), jnp.bfloat16), w)
+        used = use_weight(w, names, TRAINING, jnp.bfloat16)
+        return jnp.sum(spread.astype(jnp.float32)) + jnp.sum(used.astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(w)
+        _, gradient = lowered.compile()(w)
+    np.testing.assert_array_equal(gradient, np.full((8, 4), 8 * 4 + 1))
+    text = lowered.as_text()
+    gathers = re.findall(r"all_gather.*-> tensor<8x4x(\w+)>", text)
+    scatters = re.findall(r"reduce_scatter.*?-> tensor<2x4x(\w+)>", text, re.DOTALL)
+    assert (set(gathers), set(scatters)) == ({"bf16"}, {"f32"})
 
 
 def test_over_parts_sums_the_parts_of_a_product(mesh):

@@ -1,0 +1,85 @@
+"""Attention over a sequence that is split over eight devices, against one device."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from mixtral_jax.model.context_parallel import attention, halo_pieces
+from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
+from mixtral_jax.sharding.rules import TRAINING
+
+SHARDS, LENGTH = 8, 64
+OWN = LENGTH // SHARDS
+HEADS = (2, 2, 8)  # K, G, H
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(data=1, context=SHARDS))
+
+
+def _inputs(length=LENGTH, batch=2):
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((batch, length, *HEADS))
+    k, v = rng.standard_normal((2, batch, length, HEADS[0], HEADS[2]))
+    return [jnp.asarray(each, jnp.float32) for each in (q, k, v)]
+
+
+def _segments():
+    """Documents that begin and end within shards and across them; padding at the end of one row."""
+    segment = np.ones((2, LENGTH), np.int32)
+    segment[:, 20:] = 2
+    segment[0, 37:] = 3
+    segment[1, 50:] = 0
+    return jnp.asarray(segment)
+
+
+def _value_and_gradients(window, segment, chunk, q, k, v):
+    y, vjp = jax.vjp(lambda *qkv: attention(*qkv, segment, window, chunk, "float32", TRAINING), q, k, v)
+    return y, *vjp(jnp.sin(y))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("window", [1, 2, OWN, OWN + 1, OWN + 2, 2 * OWN + 1, 60, LENGTH, 100, None])
+def test_equals_one_device(mesh, window, packed):
+    segment, chunk = _segments() if packed else None, 3 if window == OWN else 128
+    run = jax.jit(partial(_value_and_gradients, window, segment, chunk))
+    expected = run(*_inputs())
+    with jax.set_mesh(mesh):
+        actual = jax.jit(partial(_value_and_gradients, window, segment, chunk))(*_inputs())
+    for ours, plain in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, plain, atol=2e-5)
+
+
+def _collectives(mesh, window, length):
+    """The kind, and elements, of each collective of forward and backward pass."""
+    layout = NamedSharding(mesh, TRAINING.use(("batch", "length")))
+    with jax.set_mesh(mesh):
+        given = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout) for x in _inputs(length, batch=1))
+        program = jax.jit(partial(_value_and_gradients, window, None, 16)).lower(*given).compile().as_text()
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"= \w+\[([\d,]+)\]\S* ({kinds})(?:-start)?\(", program)
+    return [(kind, int(np.prod([int(size) for size in shape.split(",")]))) for shape, kind in found]
+
+
+def test_what_is_sent_does_not_grow_with_the_length(mesh):
+    window = 9
+    short, long = (_collectives(mesh, window, length) for length in (LENGTH, 4 * LENGTH))
+    assert {kind for kind, _ in short} == {"collective-permute"}
+    assert short == long
+    # Keys and values there, and their gradients back: W - 1 tokens each.
+    assert sum(size for _, size in short) == 4 * (window - 1) * HEADS[0] * HEADS[2]
+    assert {kind for kind, _ in _collectives(mesh, None, LENGTH)} >= {"all-gather"}
+
+
+@pytest.mark.parametrize(
+    ("halo", "length", "pieces"),
+    [(6, 4, [(2, 2), (1, 4)]), (4, 4, [(1, 4)]), (1, 4, [(1, 1)]), (0, 4, []), (99, 4, [(3, 4), (2, 4), (1, 4)])],
+)
+def test_halo_pieces(halo, length, pieces):
+    assert halo_pieces(halo, length, num_shards=4) == pieces
