@@ -101,7 +101,7 @@ def indivisible(abstract: Any, specs: Any, axis_sizes: Mapping[str, int]) -> lis
 
 
 def over_tokens(function: Callable, names: Any, rules: Rules) -> Callable:
-    """The function run on each shard's own tokens and parts of weights; without a mesh, the function itself.
+    """The function run on each shard's own tokens and parts of weights; itself, where the mesh does not split tokens.
 
     Only the axes that tokens are split over are the function's own to use; the compiler goes on partitioning the
     others. A weight's gradient is summed over the shards that hold the same part of it.
@@ -111,7 +111,7 @@ def over_tokens(function: Callable, names: Any, rules: Rules) -> Callable:
         dimensions are laid out like tokens. It gathers weights by `gather_weight`.
       names: the tree of weights, of the names of each one's axes.
     """
-    if current_mesh() is None:
+    if not _splits_tokens(rules):
         return function
     tokens, manual = rules.use(_TOKENS), token_axes(rules)
 
@@ -129,17 +129,17 @@ def over_tokens(function: Callable, names: Any, rules: Rules) -> Callable:
 def gather_weight(part: jax.Array, names: Names, rules: Rules, dtype: DTypeLike) -> jax.Array:
     """Inside a function over tokens: a weight, whole on the axes that only store it, from this shard's part; in dtype.
 
-    Its gradient is summed over those axes in the dtype of the part. Named GATHERED, as by `use_weight`. Without a mesh,
-    the part as it is.
+    Its gradient is summed over those axes in the dtype of the part. Named GATHERED, as by `use_weight`. Where the mesh
+    does not split tokens, the part as it is.
     """
-    if current_mesh() is None:
+    if not _splits_tokens(rules):
         return part
     return checkpoint_name(_gather(part, _only_stored(names, rules), jnp.dtype(dtype)), GATHERED)
 
 
 def scatter_gradient(gradient: jax.Array, names: Names, rules: Rules) -> jax.Array:
     """Inside a function over tokens: this shard's part of the sum of what each shard gives for the whole weight."""
-    if current_mesh() is None:
+    if not _splits_tokens(rules):
         return gradient
     return _scatter(gradient, _only_stored(names, rules))
 
@@ -150,6 +150,11 @@ _TOKENS: Names = ("batch", "length")
 def token_axes(rules: Rules) -> tuple[str, ...]:
     """The mesh axes that tokens are split over."""
     return tuple(axis for axes in rules.use(_TOKENS) for axis in _as_tuple(axes))
+
+
+def _splits_tokens(rules: Rules) -> bool:
+    mesh = current_mesh()
+    return mesh is not None and any(mesh.shape[axis] > 1 for axis in token_axes(rules))
 
 
 def _only_stored(names: Names, rules: Rules) -> tuple[tuple[str, ...], ...]:
