@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from mixtral_jax.errors import InputError
-from mixtral_jax.sharding.axes import Names
+from mixtral_jax.sharding.axes import LogicalAxis, Names
 from mixtral_jax.sharding.mesh import current_mesh
 from mixtral_jax.sharding.rules import Rules
 
@@ -100,8 +100,8 @@ def indivisible(abstract: Any, specs: Any, axis_sizes: Mapping[str, int]) -> lis
     return problems
 
 
-def over_tokens(function: Callable, names: Any, rules: Rules) -> Callable:
-    """The function run on each shard's own tokens and parts of weights; itself, where the mesh does not split tokens.
+def over_tokens(function: Callable, names: Any, rules: Rules, split: tuple[LogicalAxis, ...] = ()) -> Callable:
+    """The function run on each shard's own tokens and parts of weights; itself, where the mesh splits neither.
 
     Only the axes that tokens are split over are the function's own to use; the compiler goes on partitioning the
     others. A weight's gradient is summed over the shards that hold the same part of it.
@@ -110,10 +110,14 @@ def over_tokens(function: Callable, names: Any, rules: Rules) -> Callable:
       function: takes arrays [B, T, ...] and, last, a tree of weights, by position; returns arrays whose first two
         dimensions are laid out like tokens. It gathers weights by `gather_weight`.
       names: the tree of weights, of the names of each one's axes.
+      split: axes of weights of which the function has a shard's part alone; it sums its results over their mesh axes.
     """
-    if not _splits_tokens(rules):
+    tokens, manual = (
+        rules.use(_TOKENS),
+        (*token_axes(rules), *(axis for name in split for axis in rules.mesh_axes(name))),
+    )
+    if not _is_split(manual):
         return function
-    tokens, manual = rules.use(_TOKENS), token_axes(rules)
 
     def run(*arguments: Any) -> Any:
         *arrays, weights = arguments
@@ -132,14 +136,14 @@ def gather_weight(part: jax.Array, names: Names, rules: Rules, dtype: DTypeLike)
     Its gradient is summed over those axes in the dtype of the part. Named GATHERED, as by `use_weight`. Where the mesh
     does not split tokens, the part as it is.
     """
-    if not _splits_tokens(rules):
+    if not _is_split(token_axes(rules)):
         return part
     return checkpoint_name(_gather(part, _only_stored(names, rules), jnp.dtype(dtype)), GATHERED)
 
 
 def scatter_gradient(gradient: jax.Array, names: Names, rules: Rules) -> jax.Array:
     """Inside a function over tokens: this shard's part of the sum of what each shard gives for the whole weight."""
-    if not _splits_tokens(rules):
+    if not _is_split(token_axes(rules)):
         return gradient
     return _scatter(gradient, _only_stored(names, rules))
 
@@ -152,9 +156,9 @@ def token_axes(rules: Rules) -> tuple[str, ...]:
     return tuple(axis for axes in rules.use(_TOKENS) for axis in _as_tuple(axes))
 
 
-def _splits_tokens(rules: Rules) -> bool:
+def _is_split(axes: tuple[str, ...]) -> bool:
     mesh = current_mesh()
-    return mesh is not None and any(mesh.shape[axis] > 1 for axis in token_axes(rules))
+    return mesh is not None and any(mesh.shape[axis] > 1 for axis in axes)
 
 
 def _only_stored(names: Names, rules: Rules) -> tuple[tuple[str, ...], ...]:

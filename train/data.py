@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import grain
 import numpy as np
+from jax.sharding import NamedSharding
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -38,7 +39,7 @@ __all__ = [
     "DataConfig",
     "PreparedData",
     "TokenIndex",
-    "host_rows",
+    "device_rows",
     "prepare",
     "training_batches",
     "unigram_entropy",
@@ -201,20 +202,17 @@ def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixtral-jax"
 
 
-def host_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """The rows of each global batch that a host loads: an equal, contiguous share.
+def device_rows(layout: NamedSharding, shape: tuple[int, int]) -> list[int]:
+    """The rows of a batch [B, T] of which this process's devices hold some part, in order.
 
-    Raises:
-      InputError: the batch doesn't divide among the hosts.
+    Where a sequence is split over processes, each of them reads the whole row.
     """
-    if batch_size % process_count:
-        raise InputError("data.batch_size", batch_size, f"a multiple of the {process_count} hosts is wanted")
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)
+    spans = {index[0].indices(shape[0])[:2] for index in layout.addressable_devices_indices_map(shape).values()}
+    return sorted({row for span in spans for row in range(*span)})
 
 
 def training_batches(
-    index: TokenIndex, config: DataConfig, first_step: int = 0, rows: range | None = None
+    index: TokenIndex, config: DataConfig, first_step: int = 0, rows: Sequence[int] | None = None
 ) -> Generator[Batch]:
     """Batches of steps `first_step`, `first_step + 1`, ... without end; `close()` ends the threads.
 
@@ -225,7 +223,7 @@ def training_batches(
       index: the training tokens.
       config: batch_size, sequence_length, seed and prefetch are used.
       first_step: the first step to give.
-      rows: which rows of each global batch to give, as from `host_rows`; all by default.
+      rows: which rows of each global batch to give, as from `device_rows`; all by default.
 
     Raises:
       InputError: at once, if the index fills less than one batch.
@@ -249,7 +247,7 @@ def _iterate(dataset: grain.IterDataset, first_step: int) -> Generator[Batch]:
 class _Steps:
     """The batch of any step, as a source for grain."""
 
-    def __init__(self, index: TokenIndex, config: DataConfig, rows: range):
+    def __init__(self, index: TokenIndex, config: DataConfig, rows: Sequence[int]):
         self._index, self._config, self._rows = index, config, rows
         # Grain adds the epoch to the seed: hashing it keeps neighbouring seeds from sharing epochs.
         seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0])
@@ -265,13 +263,13 @@ class _Steps:
         return stack_rows([self._index.row(self._order[first + row], length) for row in self._rows])
 
 
-def validation_batches(index: TokenIndex, config: DataConfig, rows: range | None = None) -> Iterator[Batch]:
+def validation_batches(index: TokenIndex, config: DataConfig, rows: Sequence[int] | None = None) -> Iterator[Batch]:
     """All rows of the index in order, each exactly once; the last batch is filled with rows of padding.
 
     Args:
       index: the validation tokens.
       config: batch_size and sequence_length are used.
-      rows: which rows of each batch to give, as from `host_rows`; all by default.
+      rows: which rows of each batch to give, as from `device_rows`; all by default.
     """
     rows = range(config.batch_size) if rows is None else rows
     length = config.sequence_length

@@ -27,9 +27,13 @@ class MetricsLog:
     Args:
       folder: the run's.
       first_step: steps at and after it are forgotten, since they will be done again.
+      writes: False: of several processes, one that only reads the numbers.
     """
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: Path, first_step: int, writes: bool = True):
+        self._writes = writes
+        if not writes:
+            return
         for name in (METRICS, ROUTING, VALIDATION):
             _forget(folder / name, first_step)
         self._metrics = open(folder / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
@@ -40,6 +44,8 @@ class MetricsLog:
         """Writes a step's numbers; gives them back as plain ones, an array by layer and expert left out."""
         load_LE = values.pop("expert_load", None)
         plain = {"step": step, **{key: _plain(value) for key, value in values.items()}}
+        if not self._writes:
+            return plain
         self._metrics.write(json.dumps(plain) + "\n")
         if load_LE is not None:
             load = np.round(np.asarray(load_LE, float), 4).tolist()
@@ -55,6 +61,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._writes:
+            return
         self._metrics.close()
         self._routing.close()
         self._board.close()

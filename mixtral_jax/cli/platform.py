@@ -24,12 +24,8 @@ Quantize: TypeAlias = Annotated[
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
-def start(device: str | None) -> None:
-    """To be called before jax computes anything.
-
-    Raises:
-      InputError: there is no such device.
-    """
+def choose(device: str | None) -> None:
+    """Sets what jax will look for; to be called before it looks for anything."""
     reuse_memory()
     # With libtpu installed, jax looks for a TPU, and prints errors where there is none.
     platforms = {"cpu": "cpu", "gpu": "cuda,rocm", "tpu": "tpu"}.get(device or "")
@@ -37,6 +33,17 @@ def start(device: str | None) -> None:
 
     if platforms is not None:
         jax.config.update("jax_platforms", platforms)
+
+
+def start(device: str | None) -> None:
+    """To be called before jax computes anything.
+
+    Raises:
+      InputError: there is no such device.
+    """
+    choose(device)
+    import jax
+
     # Several devices of one CPU share its threads: two programs in flight, each waiting for some, would wait forever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixtral-jax" / "programs"

@@ -21,9 +21,26 @@ def train(
         Path | None, typer.Option(help="Where the run lives; one that is there goes on. Default: runs/NAME.")
     ] = None,
     device: platform.Device = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of several processes' first; a cluster's own is found.")
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(help="How many there are.")] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which one this is, from 0.")] = None,
 ) -> None:
     """Pretrain a model; started again with the same folder, it goes on where it was."""
+    platform.choose(device)
+    from mixtral_jax.sharding import distributed
+
+    distributed.join(coordinator, num_processes, process_id)
     platform.start(device)
+    with distributed.ends_with_the_others():
+        status = _train(config, set_, run_dir)
+    raise typer.Exit(status)
+
+
+def _train(config: str, set_: list[str], run_dir: Path | None) -> int:
+    """The exit status."""
+    from mixtral_jax.sharding.distributed import is_first
     from mixtral_jax.train import config as configs
     from mixtral_jax.train import loop, report
     from mixtral_jax.train.progress import Progress
@@ -36,11 +53,13 @@ def train(
         ending = loop.train(settings, folder, progress)
     except loop.Diverged as error:
         print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        return 1
     if ending.signal is not None:
         progress.say(
             f"stopped by {ending.signal.name}, saved at step {ending.step}; the same command goes on from there"
         )
-        raise typer.Exit(128 + ending.signal)
-    for path in report.write_report(folder):
-        progress.say(f"wrote {path}")
+        return 128 + ending.signal
+    if is_first():
+        for path in report.write_report(folder):
+            progress.say(f"wrote {path}")
+    return 0

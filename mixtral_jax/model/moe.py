@@ -51,12 +51,14 @@ def apply_experts(
     rules: Rules = TRAINING,
     group_size: int | None = None,
     shards: int = 1,
+    parts_of_hidden: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Each token through its chosen experts: the gates' sum of their results.
 
     Args:
       parts: of all experts' weights, or, of one of `shards` equal groups of them on the mesh axis `expert`, what this
         shard stores.
+      parts_of_hidden: the mesh axes over which the parts have the hidden width split, to sum over.
       group_size: tokens that share a capacity; divides T. None: a sequence's.
 
     Returns:
@@ -81,6 +83,8 @@ def apply_experts(
         y_ND = mixture(form, x_ND, gate_NA, parts, slots, sizes_E)
     else:
         y_ND = differentiable_mixture(form, x_ND, gate_NA, parts, slots, sizes_E)
+    if parts_of_hidden:
+        y_ND = jax.lax.psum(y_ND, parts_of_hidden)
     kept_NA = slots.slot_NA < slots.assignment_M.size
     return y_ND.reshape(x_BTD.shape), kept_NA.reshape(batch, length, choices)
 
@@ -146,8 +150,9 @@ class MoE(nn.Module):
             rules=self.rules,
             group_size=size,
             shards=1 if mesh is None else mesh.shape["expert"],
+            parts_of_hidden=() if mesh is None else self.rules.mesh_axes("hidden"),
         )
-        return over_tokens(serve, AXES, self.rules)
+        return over_tokens(serve, AXES, self.rules, split=("hidden",))
 
 
 def _layouts(experts: tuple[SwiGLU, ...], axes: tuple[str, ...]) -> Any:
