@@ -14,7 +14,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench nightly clean
 
 help: ## Show this list
 	@awk -F ': ##|: .*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ format: $(VENV)/.test ## Sort imports, mend what ruff can, lay out the code
 
 bench: $(VENV)/.test ## Measure speed and memory
 	$(bin)/python -m benchmarks
+
+nightly: $(VENV)/.test ## Compile every plan in configs/pods for its TPU; hours, goes on where it stopped
+	$(bin)/python -m benchmarks.pods nightly build/nightly
 
 clean: ## Remove the environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist mixtral_jax.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,10 +1,33 @@
-"""What each accelerator can do, from its maker's data sheet, found by the device kind that jax reports."""
+"""What each accelerator can do, from its maker's data sheet, found by the device kind that jax reports or by name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import jax
+
+from mixtral_jax.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Torus:
+    """Chips wired to their neighbours in a grid whose long enough dimensions are closed to rings."""
+
+    dimensions: int
+    link_bandwidth: float
+    """Bytes a second over one link, one way; a chip has two links a dimension."""
+    ring_from: int
+    """The length from which a dimension is closed to a ring."""
+
+
+@dataclass(frozen=True)
+class Switched:
+    """Chips of a node joined by a switch."""
+
+    node: int
+    """Chips a node."""
+    bandwidth: float
+    """Bytes a second that a chip sends within the node."""
 
 
 @dataclass(frozen=True)
@@ -17,22 +40,56 @@ class Chip:
     memory_bytes: float
     memory_bandwidth: float
     """Bytes a second."""
+    wiring: Torus | Switched
+    network_bandwidth: float
+    """Bytes a second that a chip sends out of its slice or node."""
 
 
 _GIB = 2**30
+# Wiring of TPUs: cloud.google.com/tpu/docs, a page a version, gives the bandwidth a chip of all links both ways
+# (v5e 400, v5p 1,200, v6e 800, v7x 1,200 GB/s; v4 2,400 Gbit/s one way); a link one way is that over four or six links
+# and two ways. Their network, same pages: v5p 50 Gbit/s a chip, v5e 6.4 and v6e 25.6 Tbit/s a pod of 256; v4 and v7x,
+# which name none, are taken to be as v5p. GPUs: NVIDIA's data sheets of NVLink (900 GB/s both ways on H100 and H200,
+# 600 on A100) and of DGX systems, which have one 400 (A100: 200) Gbit/s InfiniBand card a GPU.
+_V4 = Chip("v4", 275e12, 32e9, 1228e9, Torus(3, 50e9, 4), 6.25e9)
+_V5E = Chip("v5e", 197e12, 16e9, 819e9, Torus(2, 50e9, 16), 3.125e9)
+_V5P = Chip("v5p", 459e12, 95 * _GIB, 2765e9, Torus(3, 100e9, 4), 6.25e9)
+_V6E = Chip("v6e", 918e12, 32e9, 1638e9, Torus(2, 100e9, 16), 12.5e9)
+_V7X = Chip("v7x", 2307e12, 192 * _GIB, 7380e9, Torus(3, 100e9, 4), 6.25e9)
+_A100 = Chip("A100", 312e12, 80e9, 2039e9, Switched(8, 300e9), 25e9)
+_H100 = Chip("H100", 989e12, 80e9, 3350e9, Switched(8, 450e9), 50e9)
+_H200 = Chip("H200", 989e12, 141e9, 4800e9, Switched(8, 450e9), 50e9)
+
 # By a prefix of jax's device kind; the first match counts, so longer names come first.
 _CHIPS: tuple[tuple[str, Chip], ...] = (
-    ("TPU v6 lite", Chip("v6e", 918e12, 32e9, 1638e9)),
-    ("TPU v5 lite", Chip("v5e", 197e12, 16e9, 819e9)),
-    ("TPU7x", Chip("v7x", 2307e12, 192 * _GIB, 7380e9)),
-    ("TPU v5", Chip("v5p", 459e12, 95 * _GIB, 2765e9)),
-    ("TPU v4", Chip("v4", 275e12, 32e9, 1228e9)),
-    ("NVIDIA H200", Chip("H200", 989e12, 141e9, 4800e9)),
-    ("NVIDIA H100", Chip("H100", 989e12, 80e9, 3350e9)),
-    ("NVIDIA A100", Chip("A100", 312e12, 80e9, 2039e9)),
+    ("TPU v6 lite", _V6E),
+    ("TPU v5 lite", _V5E),
+    ("TPU7x", _V7X),
+    ("TPU v5", _V5P),
+    ("TPU v4", _V4),
+    ("NVIDIA H200", _H200),
+    ("NVIDIA H100", _H100),
+    ("NVIDIA A100", _A100),
 )
 
 
 def chip(device: jax.Device) -> Chip | None:
     """The chip of a device, or None where its peaks are unknown (a CPU, say)."""
     return next((chip for prefix, chip in _CHIPS if device.device_kind.startswith(prefix)), None)
+
+
+def names() -> list[str]:
+    """The chips that are known, in lower case."""
+    return sorted(chip.name.lower() for _, chip in _CHIPS)
+
+
+def chip_by_name(name: str) -> Chip:
+    """The chip of a name such as `v5p` or `h100`.
+
+    Raises:
+      InputError: no chip is known by it.
+    """
+    found = next((chip for _, chip in _CHIPS if chip.name.lower() == name.lower()), None)
+    if found is None:
+        raise InputError("chip", name, f"{nearest(name.lower(), names())}known: {', '.join(names())}")
+    return found

@@ -56,7 +56,8 @@ TRAINING = Rules(
     table=(
         ("batch", ("data", "fsdp", "expert")),
         ("length", ("context",)),
-        ("activation", ()),
+        # Between layers, where each is kept for the backward pass: whole, `tensor` would have as many copies of it.
+        ("activation", ("tensor",)),
         ("heads", ("tensor",)),
         ("kv_heads", ("tensor",)),
         ("head_dim", ()),

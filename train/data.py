@@ -207,7 +207,8 @@ def device_rows(layout: NamedSharding, shape: tuple[int, int]) -> list[int]:
 
     Where a sequence is split over processes, each of them reads the whole row.
     """
-    spans = {index[0].indices(shape[0])[:2] for index in layout.addressable_devices_indices_map(shape).values()}
+    parts = [index for index in layout.addressable_devices_indices_map(shape).values() if index is not None]
+    spans = {index[0].indices(shape[0])[:2] for index in parts}
     return sorted({row for span in spans for row in range(*span)})
 
 

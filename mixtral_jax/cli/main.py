@@ -6,7 +6,19 @@ import sys
 
 import typer
 
-from mixtral_jax.cli import chat, convert, evaluate, generate, inspect, perplexity, report, tokenizer, train, upcycle
+from mixtral_jax.cli import (
+    chat,
+    convert,
+    evaluate,
+    generate,
+    inspect,
+    perplexity,
+    plan,
+    report,
+    tokenizer,
+    train,
+    upcycle,
+)
 from mixtral_jax.errors import InputError
 from mixtral_jax.version import __version__
 
@@ -23,6 +35,7 @@ app.command()(chat.chat)
 app.command()(convert.convert)
 app.command()(upcycle.upcycle)
 app.command()(inspect.inspect)
+app.command()(plan.plan)
 app.command()(perplexity.perplexity)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(report.report)

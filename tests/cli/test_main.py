@@ -28,7 +28,7 @@ def test_version_and_help(run):
         (["steps=many"], "steps = 'many': input should be a valid integer"),
         (["model.num_heads=3", "model.num_kv_heads=2"], "model.num_kv_heads = 2: must divide num_heads = 3"),
         (["mesh.data=3"], "mesh = 'data=3, expert=4': the axes' product must be exactly the 8 devices"),
-        (["model.num_heads=3", "mesh.data=1", "mesh.tensor=2"], "dimension 2 of params.layers.attention.query is 3"),
+        (["model.num_heads=3", "mesh.data=1", "mesh.tensor=2"], "dimension 2 of layers.attention.query is 3"),
         (['data.sources=["nowhere.txt"]'], "data.sources = 'nowhere.txt'"),
         (["data.tokenizer=nowhere.model"], "data.tokenizer = 'nowhere.model'"),
     ],

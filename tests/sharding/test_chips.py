@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from mixtral_jax.sharding.chips import chip
+from mixtral_jax.errors import InputError
+from mixtral_jax.sharding.chips import Switched, Torus, chip, chip_by_name, names
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,25 @@ def test_known(kind, name, teraflops):
 
 def test_unknown():
     assert chip(jax.devices("cpu")[0]) is None
+
+
+def test_by_name():
+    assert chip_by_name("v5p") == chip(SimpleNamespace(device_kind="TPU v5"))
+    assert chip_by_name("H100").name == "H100"
+    assert names() == ["a100", "h100", "h200", "v4", "v5e", "v5p", "v6e", "v7x"]
+    with pytest.raises(InputError, match=r"chip = 'v5pe': did you mean 'v5[pe]'\? known: a100"):
+        chip_by_name("v5pe")
+
+
+@pytest.mark.parametrize(
+    ("name", "both_ways"), [("v4", 600), ("v5e", 400), ("v5p", 1200), ("v6e", 800), ("h100", 900), ("a100", 600)]
+)
+def test_wiring_is_that_of_the_data_sheet(name, both_ways):
+    """GB/s a chip, of all links, there and back."""
+    wiring = chip_by_name(name).wiring
+    match wiring:
+        case Torus():
+            assert wiring.link_bandwidth * wiring.dimensions * 2 * 2 == both_ways * 1e9
+        case Switched():
+            assert wiring.bandwidth * 2 == both_ways * 1e9
+    assert chip_by_name(name).network_bandwidth < both_ways * 1e9 / 8

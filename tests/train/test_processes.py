@@ -84,9 +84,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_one_goes_on(toy_config, tmp_
     assert "SIGTERM: stopping after step" in processes.said()
     done = len(_losses(folder))
     assert [int(each.name) for each in (folder / "checkpoints").iterdir()] == [done]
-    train(
-        toy_config, folder, steps=done + 2, save_every=1000, validate_every="none"
-    )
+    train(toy_config, folder, steps=done + 2, save_every=1000, validate_every="none")
     assert len(_losses(folder)) == done + 2
 
 

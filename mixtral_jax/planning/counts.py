@@ -1,0 +1,205 @@
+"""What a device computes and reads in a step, counted from shapes, as our programs do it.
+
+A product counts when it is done, so a forward pass that is repeated counts again, and so do empty slots of a capacity
+and keys that a mask hides. Utilisation is of the model's own operations (`model.flops`), which are fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mixtral_jax.model.cache import num_slots
+from mixtral_jax.planning.job import DTYPE_BYTES, Job
+from mixtral_jax.planning.memory import cache_bytes, decoding_weights, training_shards
+
+# Bytes of memory traffic that a score of attention causes where XLA computes it (written and read in float32, its
+# exponential in the product dtype), forward and backward; read off the passes in `backends/chunked.py`.
+SCORE_BYTES_FORWARD = 12
+SCORE_BYTES_BACKWARD = 24
+UNROLLED_CHUNKS = 16
+SPANS = 4
+OPTIMIZER_PASSES = 7
+"""Arrays as large as the weights that an update moves: weights and two moments read and written, gradients read."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A part of a step, on one device."""
+
+    name: str
+    flops: float
+    bytes: float
+    """Moved between memory and the chip."""
+
+
+def attended_keys(length: int, before: int | None, total: int, window: int | None, chunk: int) -> int:
+    """Scores a head computes for a sequence of queries: the keys of each chunk, times its queries.
+
+    Args:
+      length: queries.
+      before: keys before the first query; None where only running tells, and any key may be seen.
+      total: keys.
+    """
+    if length <= chunk * UNROLLED_CHUNKS:
+        scores = 0
+        for start in range(0, length, chunk):
+            stop = min(start + chunk, length)
+            first = 0 if window is None or before is None else max(0, before + start - window + 1)
+            keys = total if before is None else before + stop - first
+            scores += (stop - start) * keys
+        return scores
+    spans = SPANS if before is not None and (window is None or window > length) else 1
+    span = -(-length // (chunk * spans)) * chunk
+    scores = 0
+    for start in range(0, length, span):
+        stop = min(start + span, length)
+        places = total if before is None else before + stop
+        keys = places if window is None else min(places, chunk + window - 1)
+        scores += -(-(stop - start) // chunk) * chunk * keys
+    return scores
+
+
+def local_scores(job: Job) -> int:
+    """Scores of a row and a head on a device, in training."""
+    window, chunk, own = job.model.sliding_window, job.execution.attention_chunk, job.local_length
+    if job.mesh.context == 1:
+        return attended_keys(own, 0, own, window, chunk)
+    if window is None:
+        return attended_keys(own, None, job.length, None, chunk)
+    halo = halo_tokens(job)
+    return attended_keys(own, halo, halo + own, window, chunk)
+
+
+def halo_tokens(job: Job) -> int:
+    """Keys that a shard has from its neighbours: W - 1, no more than there are."""
+    window = job.model.sliding_window
+    assert window is not None
+    own = job.local_length
+    return min(window - 1, own * (job.mesh.context - 1))
+
+
+def training_work(job: Job, fused_attention: bool = False) -> list[Work]:
+    """A step's parts. `fused_attention`: as if a kernel kept scores on the chip and saw no hidden keys."""
+    return [_projections(job), _attention(job, fused_attention), _feed_forward(job), _loss(job), _update(job)]
+
+
+def _passes(job: Job) -> int:
+    """Forward, backward twice, and forward again unless its products are kept."""
+    return 4 if job.execution.remat == "full" else 3
+
+
+def _product_bytes(job: Job, rows: float, width_in: float, width_out: float) -> float:
+    """Operands and result of a product of activations, and its weight, which each of its passes reads once."""
+    size = DTYPE_BYTES[job.execution.product_dtype]
+    return size * (rows * (width_in + width_out) + width_in * width_out)
+
+
+def _projections(job: Job) -> Work:
+    model, tokens, tensor = job.model, job.local_tokens, job.mesh.tensor
+    heads, keys = model.num_heads * model.head_dim // tensor, model.num_kv_heads * model.head_dim // tensor
+    flops = 2 * model.dim * (2 * heads + 2 * keys) * tokens
+    moved = sum(_product_bytes(job, tokens, model.dim, width) for width in (heads, heads, keys, keys))
+    # Besides the products: two norms, rope and two sums, each reading and writing the residual stream about once.
+    moved += 6 * tokens * model.dim * DTYPE_BYTES[job.execution.activation_dtype]
+    times = _passes(job) * model.num_layers * job.accumulation
+    return Work("projections", flops * times, moved * times)
+
+
+def _attention(job: Job, fused: bool) -> Work:
+    model = job.model
+    scores = local_scores(job) * job.local_rows * model.num_heads // job.mesh.tensor
+    if fused:
+        span = job.length if model.sliding_window is None else min(model.sliding_window, job.length)
+        visible = span * (span + 1) / 2 + (job.length - span) * span
+        scores = int(visible / job.mesh.context * job.local_rows * model.num_heads / job.mesh.tensor)
+    # Scores and mixed values, forward; again for the backward pass of a chunk, and of a layer that is repeated; and
+    # twice backward.
+    passes = (3 if fused else 4) + (job.execution.remat != "none")
+    forwards = passes - 2
+    moved = 0 if fused else scores * (forwards * SCORE_BYTES_FORWARD + SCORE_BYTES_BACKWARD)
+    times = model.num_layers * job.accumulation
+    return Work("attention", 4 * model.head_dim * scores * passes * times, moved * times)
+
+
+def expert_passes(job: Job) -> int:
+    """How often a product of an expert is done, summed over its three: 3 forward, 6 backward, and what is repeated."""
+    if job.repeats_no_experts:
+        return 3 + 8  # gate and up again: what lies between
+    return 9 if job.execution.remat == "none" else 12
+
+
+def _feed_forward(job: Job) -> Work:
+    model, tensor = job.model, job.mesh.tensor
+    hidden = model.hidden_dim // tensor
+    if model.moe is None:
+        # Repeated, its last product is left out: nothing needs it.
+        products, rows, router = 11 if job.execution.remat == "full" else 9, job.local_tokens, 0
+    else:
+        products, rows = expert_passes(job), job.expert_rows
+        router = 2 * model.dim * model.moe.num_experts * job.local_tokens * _passes(job)
+    flops = 2 * model.dim * hidden * rows * products + router
+    moved = products * _product_bytes(job, rows, model.dim, hidden)
+    if model.moe is not None:
+        held = model.moe.num_experts // job.mesh.expert
+        weights = held * model.dim * hidden * DTYPE_BYTES[job.execution.product_dtype]
+        moved += products * weights * (held - 1) / held  # one expert's are counted above
+        # Tokens to slots and back, and the same of their gradients.
+        moved += 8 * rows * model.dim * DTYPE_BYTES[job.execution.product_dtype]
+    times = model.num_layers * job.accumulation
+    return Work("experts" if model.moe else "feed-forward", flops * times, moved * times)
+
+
+def _loss(job: Job) -> Work:
+    model, vocab = job.model, job.model.vocab_size // job.mesh.tensor
+    chunk = min(job.loss_chunk, job.local_length)
+    tokens = job.local_rows * -(-job.local_length // chunk) * chunk
+    moved = 3 * _product_bytes(job, tokens, model.dim, vocab) + 8 * tokens * vocab
+    moved += 8 * model.dim * vocab * (job.local_length // chunk)  # the gradient, added to at each chunk
+    return Work("loss", 3 * 2 * model.dim * vocab * tokens * job.accumulation, moved * job.accumulation)
+
+
+def _update(job: Job) -> Work:
+    elements = training_shards(job) / 4
+    return Work("update", 12 * elements, OPTIMIZER_PASSES * 4 * elements)
+
+
+def decoding_work(job: Job) -> list[Work]:
+    """One step of decoding: every weight that is used is read once, and the cache."""
+    model = job.model
+    weights = decoding_weights(job)
+    parts = job.mesh.fsdp * job.mesh.expert * job.mesh.tensor
+    heads = model.num_heads * model.head_dim // job.mesh.tensor
+    projections = 2 * model.dim * 2 * (heads + model.num_kv_heads * model.head_dim // job.mesh.tensor)
+    chosen = 1 if model.moe is None else model.moe.experts_per_token
+    feed_forward = 6 * model.dim * model.hidden_dim * chosen / parts
+    unembed = 2 * model.dim * model.vocab_size / parts
+    read = weights.attention + weights.unembedding + weights.experts * used_experts(job)
+    keys = num_slots(model, job.length)
+    mixing = 4 * heads * keys * model.num_layers
+    flops = (model.num_layers * (projections + feed_forward) + unembed) * job.rows
+    return [Work("weights", flops, read), Work("attention", mixing * job.rows, cache_bytes(job))]
+
+
+def used_experts(job: Job) -> float:
+    """The part of the experts that a batch chooses, if it chooses evenly: 1 - (1 - k / E) ** B."""
+    moe = job.model.moe
+    if moe is None:
+        return 1.0
+    return 1 - (1 - moe.experts_per_token / moe.num_experts) ** job.rows
+
+
+def prefill_work(job: Job, chunk: int) -> list[Work]:
+    """The prefill of a copy's texts, as long as they may grow, in chunks."""
+    model = job.model
+    one = {each.name: each for each in decoding_work(job)}
+    chunks = -(-job.length // chunk)
+    keys = num_slots(model, job.length, chunk)
+    heads = model.num_heads * model.head_dim // job.mesh.tensor
+    scores = job.rows * job.length * keys * model.num_heads // job.mesh.tensor
+    per_token = one["weights"].flops / job.rows
+    everything = decoding_weights(job)
+    read = (everything.attention + everything.experts + everything.unembedding) * chunks
+    return [
+        Work("weights", per_token * job.rows * job.length, read),
+        Work("attention", 4 * heads * keys * model.num_layers * job.rows * job.length, scores * SCORE_BYTES_FORWARD),
+    ]

@@ -1,0 +1,166 @@
+"""Counts from shapes beside compiled programs: operations, bytes of state and of collectives."""
+
+import math
+import re
+from dataclasses import replace
+
+import jax
+import pytest
+
+from mixtral_jax.config import Dispatch, ModelConfig, MoEConfig
+from mixtral_jax.model.backends import chunked
+from mixtral_jax.model.flops import training_flops
+from mixtral_jax.planning import counts, traffic
+from mixtral_jax.planning.compile import compile_job, lower, training_program
+from mixtral_jax.planning.hlo_text import Call, parse, trips
+from mixtral_jax.planning.job import EXECUTION, Job, check
+from mixtral_jax.planning.memory import memory, training_shards
+from mixtral_jax.planning.topology import topology
+from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
+
+MISTRAL = ModelConfig(dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64, hidden_dim=512, vocab_size=512)
+MIXTRAL = replace(MISTRAL, moe=MoEConfig(num_experts=4, experts_per_token=2))
+FLOAT = replace(EXECUTION, activation_dtype="float32", product_dtype="float32", attention_chunk=32)
+
+
+def _job(model, remat="full", rows=8, length=128, factor=1.0, window=None, **mesh):
+    mesh = MeshConfig(**{"data": 1, **mesh})
+    model = replace(model, sliding_window=window)
+    dispatch = Dispatch(capacity_factor=factor, group_size=32)
+    job = Job(model, mesh, rows, length, replace(FLOAT, remat=remat), dispatch, loss_chunk=16)
+    return check(job)
+
+
+def _compile(job):
+    mesh = make_mesh(job.mesh, jax.devices()[: job.num_chips])
+    with jax.set_mesh(mesh):
+        return lower(training_program(job, mesh)).compile()
+
+
+def _dots(text):
+    """Operations of the dot products of a compiled program, loops multiplied out."""
+    program = parse(text)
+
+    def of(computation, path):
+        total = 0
+        for each in computation.instructions.values():
+            call = Call(computation, each, path)
+            if each.opcode == "dot":
+                left = re.search(r"\[([\d,]*)\]", computation.instructions[each.operands[0]].type)[1].split(",")
+                summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.attributes)[1].split(",")
+                result = re.search(r"\[([\d,]*)\]", each.type)[1].split(",")
+                total += 2 * math.prod(map(int, result)) * math.prod(int(left[int(axis)]) for axis in summed)
+            elif each.opcode == "while":
+                total += trips(each, program, call) * of(program.computations[each.called("body")], call)
+            else:
+                total += sum(of(program.computations[name], call) for name in each.calls if name)
+        return total
+
+    return of(program.entry, None)
+
+
+CASES = [
+    (MISTRAL, {"remat": "none", "window": 48}),
+    (MISTRAL, {"rows": 1, "length": 640, "window": 100}),
+    (MISTRAL, {"rows": 1, "length": 640, "remat": "products"}),
+    (MIXTRAL, {"remat": "products"}),
+    (MIXTRAL, {"factor": 1.25, "fsdp": 2, "expert": 2, "context": 2, "window": 48}),
+    (MIXTRAL, {"remat": "none", "expert": 4, "tensor": 2}),
+]
+
+
+@pytest.mark.parametrize(("model", "settings"), CASES)
+def test_operations_are_those_of_the_compiled_program(model, settings):
+    job = _job(model, **settings)
+    counted = sum(each.flops for each in counts.training_work(job)) - _update(job)
+    assert counted == pytest.approx(_dots(_compile(job).as_text()), rel=0.015)
+
+
+def _update(job):
+    return next(each.flops for each in counts.training_work(job) if each.name == "update")
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("model", [MISTRAL, MIXTRAL])
+def test_operations_are_those_that_the_compiler_counts(model, layers, monkeypatch):
+    """The compiler counts a loop's body once, so all loops are unrolled. It also counts what is no product."""
+    scan = jax.lax.scan
+    monkeypatch.setattr(jax.lax, "scan", lambda *given, **settings: scan(*given, **{**settings, "unroll": True}))
+    monkeypatch.setattr(jax.lax, "map", _unrolled_map)
+    wide = replace(model, num_layers=layers, dim=1024, hidden_dim=2048, num_heads=4, head_dim=256)
+    job = _job(wide, rows=4)
+    counted = sum(each.flops for each in counts.training_work(job))
+    assert counted == pytest.approx(_compile(job).cost_analysis()["flops"], rel=0.02)
+
+
+def _unrolled_map(function, inputs):
+    count = len(jax.tree.leaves(inputs)[0])
+    results = [function(jax.tree.map(lambda x, index=index: x[index], inputs)) for index in range(count)]
+    return jax.tree.map(lambda *parts: jax.numpy.stack(parts), *results)
+
+
+@pytest.mark.parametrize("window", [None, 5, 48, 500])
+@pytest.mark.parametrize("length", [32, 100, 640])
+def test_scores_are_those_of_the_chunked_backend(length, window):
+    """Its unrolled chunks, from its own plan; its limits are ours."""
+    assert (counts.UNROLLED_CHUNKS, counts.SPANS) == (chunked._MOST_UNROLLED, chunked._SPANS)
+    if length > 32 * chunked._MOST_UNROLLED:
+        return
+    keys = chunked.Keys(*[jax.ShapeDtypeStruct((1, length, 1, 1), "float32")] * 2)
+    spans = [chunked._span(start, min(start + 32, length), keys, window) for start in range(0, length, 32)]
+    expected = sum(queries * width for *_, (queries, width) in spans)
+    assert counts.attended_keys(length, 0, length, window, 32) == expected
+
+
+def test_scores_by_hand():
+    """Chunks of 2 of 4 queries see 2 and 4 keys; with W = 2, 2 and 3."""
+    assert counts.attended_keys(4, 0, 4, None, 2) == 2 * 2 + 2 * 4
+    assert counts.attended_keys(4, 0, 4, 2, 2) == 2 * 2 + 2 * 3
+    assert counts.attended_keys(4, 1, 5, 2, 2) == 2 * 3 + 2 * 3
+    assert counts.attended_keys(4, None, 8, None, 2) == 4 * 8
+
+
+def test_the_model_does_less_than_the_program():
+    job = _job(MIXTRAL)
+    ours = sum(each.flops for each in counts.training_work(job))
+    assert training_flops(MIXTRAL, 128).causal * job.tokens < ours < 2 * training_flops(MIXTRAL, 128).full * job.tokens
+
+
+MESHES = [
+    (MISTRAL, {"fsdp": 8}),
+    (MISTRAL, {"data": 4, "fsdp": 2}),
+    (MISTRAL, {"fsdp": 2, "context": 4, "window": 24, "rows": 2}),
+    (MIXTRAL, {"fsdp": 2, "expert": 4}),
+]
+
+
+def _moved(found):
+    """Bytes that a device sends, by axes and kind. The CPU's compiler writes a scatter as a sum of which it keeps a
+    part, which sends twice as much: a sum counts here as what it would send as a scatter."""
+    total = {}
+    for each in found:
+        summed = each.kind in ("all-reduce", "reduce-scatter")
+        key = each.axes, "sum" if summed else each.kind
+        total[key] = total.get(key, 0) + each.sent_bytes / (2 if each.kind == "all-reduce" else 1)
+    return total
+
+
+@pytest.mark.parametrize(("model", "settings"), MESHES)
+def test_traffic_is_that_of_the_compiled_program(model, settings):
+    job = _job(model, **settings)
+    (compiled,) = compile_job(job, topology(f"cpu:{job.num_chips}"))
+    counted, found = _moved(traffic.training_transfers(job)), _moved(compiled.collectives)
+    large = {key for key, size in (counted | found).items() if size > 0.02 * sum(counted.values())}
+    assert {key: found.get(key, 0) for key in large} == {
+        key: pytest.approx(counted.get(key, 0), rel=0.02) for key in large
+    }
+
+
+@pytest.mark.parametrize(("model", "settings"), [(MISTRAL, {"fsdp": 8}), (MIXTRAL, {"fsdp": 2, "expert": 4})])
+def test_what_a_device_keeps_is_that_of_the_compiled_program(model, settings):
+    job = _job(model, **settings)
+    (compiled,) = compile_job(job, topology(f"cpu:{job.num_chips}"))
+    ours = memory(job)
+    assert compiled.memory["weights"] == ours.weights == training_shards(job)
+    assert compiled.memory["moments"] == pytest.approx(ours.moments, abs=64)  # and their counts
+    assert compiled.memory["batch"] == ours.batch
