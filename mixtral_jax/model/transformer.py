@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         context = Context(rotation(position_BT, self.config.head_dim, self.config.rope_theta), mask_BT, segment_BT)
         # Each shard looks up its own tokens: the gradient is then summed over the shards once, whole rows at a time.
         look_up = over_tokens(partial(_look_up, rules=self.rules), EMBEDDING_AXES, self.rules)
-        x_BTD = look_up(tokens_BT, self.embedding_VD).astype(self.execution.activation_dtype)
+        x_BTD = look_up(tokens_BT, jnp.asarray(self.embedding_VD)).astype(self.execution.activation_dtype)
         x_BTD, (routing, _) = self.layers(x_BTD, context, None)
         return self.norm(x_BTD), routing
 

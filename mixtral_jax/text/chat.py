@@ -146,6 +146,8 @@ def _parts_v2_v3(conversation: Conversation, tools: Sequence[Any], version: Vers
         results = results + 1 if message.role == "tool" and place > last_user else 0
         if version == "v2" and results > 1:
             raise InputError("messages", "several tool results", "the format v2 has one result for each of its turns")
+        if message.tool_calls and message.content:
+            raise InputError("messages", "content and tool_calls in a row", "the assistant has one of them in a turn")
         if message.role == "user":
             yield from _user(conversation, message, tools, place == last_user)
         elif version == "v2" and place < last_user and (message.role == "tool" or message.tool_calls):
@@ -168,8 +170,6 @@ def _with_system(prompt: str | None, text: str) -> str:
 
 
 def _assistant(message: Message, version: Version) -> Iterator[Part]:
-    if message.tool_calls and message.content:
-        raise InputError("messages", "content and tool_calls in a row", "the assistant has one of them in a turn")
     if message.tool_calls:
         yield from (("[TOOL_CALLS]",), _json([_call(call, version) for call in message.tool_calls]))
     else:

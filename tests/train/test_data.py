@@ -10,16 +10,20 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from pydantic import ValidationError
 
 from mixtral_jax.errors import InputError
+from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
+from mixtral_jax.sharding.rules import TRAINING
 from mixtral_jax.text.training import train_tokenizer
 from mixtral_jax.train.data import (
     DataConfig,
     TokenIndex,
-    host_rows,
+    device_rows,
     prepare,
     training_batches,
     unigram_entropy,
@@ -27,6 +31,7 @@ from mixtral_jax.train.data import (
 )
 from mixtral_jax.train.token_index import build_index, is_whole
 
+SHARES = ((0, 1), (2, 3))
 DOCUMENTS = [f"def function_{n}(x):\n    return x + {n * n}\n" + "    # more of it\n" * (n % 7) for n in range(40)]
 
 
@@ -332,13 +337,30 @@ def test_a_neighbouring_seed_does_not_share_epochs(data, config):
     assert [batch.tokens.tobytes() for batch in second] != [batch.tokens.tobytes() for batch in first]
 
 
-def test_hosts_together_load_the_global_batch(data, config):
+def test_processes_together_load_the_global_batch(data, config):
     (whole,) = take(training_batches(data.training, config, 7), 1)
-    shares = [take(training_batches(data.training, config, 7, host_rows(4, host, 2)), 1)[0] for host in range(2)]
+    shares = [take(training_batches(data.training, config, 7, rows), 1)[0] for rows in SHARES]
     assert shares[0].tokens.shape == (2, 16)
     assert_equal(whole, type(whole)(*map(np.concatenate, zip(*shares, strict=True))))
-    with pytest.raises(InputError, match=r"data\.batch_size = 4: a multiple of the 3 hosts"):
-        host_rows(4, 0, 3)
+
+
+def test_a_process_reads_the_rows_of_its_devices():
+    mesh = make_mesh(MeshConfig(data=2, context=2, tensor=2), jax.devices())
+    assert device_rows(NamedSharding(mesh, TRAINING.use(("batch", "length"))), (8, 16)) == list(range(8))
+    of_columns = _Partly({0: (slice(None), slice(0, 8)), 1: (slice(4, 6), slice(8, 16)), 2: None})
+    assert device_rows(of_columns, (8, 16)) == list(range(8))
+    of_two_places = _Partly({0: (slice(6, 8), slice(None)), 1: (slice(0, 2), slice(None)), 2: (slice(0, 2), slice(8))})
+    assert device_rows(of_two_places, (8, 16)) == [0, 1, 6, 7]
+
+
+class _Partly:
+    """A sharding of which this process has these devices, each with its part of the array."""
+
+    def __init__(self, parts):
+        self._parts = parts
+
+    def addressable_devices_indices_map(self, shape):
+        return self._parts
 
 
 def test_too_little_text_is_refused_before_the_first_batch(config):
@@ -374,8 +396,8 @@ def test_validation_has_each_row_once_in_order_and_padding_after(data, config):
     assert weights.sum() == data.validation.num_tokens - data.validation.num_documents
 
 
-def test_hosts_together_validate_on_the_same_rows(data, config):
+def test_processes_together_validate_on_the_same_rows(data, config):
     whole = list(validation_batches(data.validation, config))
-    shares = [list(validation_batches(data.validation, config, host_rows(4, host, 2))) for host in range(2)]
+    shares = [list(validation_batches(data.validation, config, rows)) for rows in SHARES]
     assert len(shares[0]) == len(shares[1]) == len(whole)
     np.testing.assert_array_equal(np.concatenate([shares[0][-1].tokens, shares[1][-1].tokens]), whole[-1].tokens)
