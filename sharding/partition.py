@@ -42,6 +42,15 @@ def use_weight(weight: jax.Array, names: Names, rules: Rules, dtype: DTypeLike |
     return checkpoint_name(_used(weight, names, rules, weight.dtype if dtype is None else dtype), GATHERED)
 
 
+def keep_all_but_gathered(primitive: Any, *_: Any, **settings: Any) -> bool:
+    """A policy of jax.checkpoint: all is kept but weights that were gathered.
+
+    Refusing their name is not enough, as what is named would be kept in its place. The same operations on tokens cost
+    a little time again.
+    """
+    return primitive.name not in ("all_gather", "sharding_constraint") and settings.get("name") != GATHERED
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _used(weight: jax.Array, names: Names, rules: Rules, dtype: DTypeLike) -> jax.Array:
     return jax.lax.with_sharding_constraint(_cast(weight, dtype), rules.use(names))
@@ -154,6 +163,12 @@ _TOKENS: Names = ("batch", "length")
 def token_axes(rules: Rules) -> tuple[str, ...]:
     """The mesh axes that tokens are split over."""
     return tuple(axis for axes in rules.use(_TOKENS) for axis in _as_tuple(axes))
+
+
+def split_axes(name: LogicalAxis, rules: Rules) -> tuple[str, ...]:
+    """The axes of the current mesh that do split a logical axis; none where there is no mesh."""
+    mesh = current_mesh()
+    return () if mesh is None else tuple(axis for axis in rules.mesh_axes(name) if mesh.shape[axis] > 1)
 
 
 def _is_split(axes: tuple[str, ...]) -> bool:

@@ -13,7 +13,7 @@ from mixtral_jax.config import STRICT, require
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.routing import Statistics
 from mixtral_jax.model.transformer import UNEMBEDDING_AXES
-from mixtral_jax.sharding.partition import gather_weight, over_tokens
+from mixtral_jax.sharding.partition import gather_weight, over_tokens, split_axes
 from mixtral_jax.sharding.rules import Rules
 
 _Pair = tuple[jax.Array, jax.Array]
@@ -38,7 +38,7 @@ class LossConfig:
         return self
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     hidden_BTD: jax.Array,
     unembedding_DV: jax.Array,
@@ -46,6 +46,7 @@ def cross_entropy(
     weight_BT: jax.Array,
     chunk: int,
     product_dtype: str,
+    parts: tuple[str, ...] = (),
 ) -> jax.Array:
     """The weighted sum of -log softmax(hidden @ unembedding)[target], in nats; logits exist a chunk at a time.
 
@@ -56,6 +57,8 @@ def cross_entropy(
       weight_BT: float32; a token of weight 0 counts for nothing, whatever its target.
       chunk: tokens of each row at a time.
       product_dtype: of the products' operands; logits and softmax are float32.
+      parts: inside a shard_map, the mesh axes whose shards have a part of the vocabulary each. The loss is then the
+        same on all of them, and the gradient by hidden_BTD is a shard's part of a sum.
 
     Returns:
       float32, a scalar.
@@ -65,7 +68,7 @@ def cross_entropy(
     def step(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         hidden_BCD, target_BC, weight_BC = piece
         logits_BCV = einsum("BTD,DV->BTV", hidden_BCD, unembedding_DV, dtype=product_dtype)
-        return total + jnp.sum(_losses(logits_BCV, target_BC)[0] * weight_BC), None
+        return total + jnp.sum(_losses(logits_BCV, target_BC, parts)[0] * weight_BC), None
 
     return jax.lax.scan(step, jnp.zeros(()), chunks)[0]
 
@@ -77,6 +80,7 @@ def _forward(
     weight_BT: jax.Array,
     chunk: int,
     product_dtype: str,
+    parts: tuple[str, ...],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     chunks = _chunks(chunk, hidden_BTD, target_BT, weight_BT)
     w_DV = unembedding_DV.astype(product_dtype)
@@ -86,9 +90,9 @@ def _forward(
         hidden_BCD, target_BC, weight_BC = piece
         hidden_BCD = hidden_BCD.astype(product_dtype)
         logits_BCV = einsum("BTD,DV->BTV", hidden_BCD, w_DV, dtype=product_dtype)
-        loss_BC, log_z_BC = _losses(logits_BCV, target_BC)
-        hit_BCV = jnp.arange(logits_BCV.shape[-1], dtype=jnp.int32)[None, None] == target_BC[..., None]
-        d_logits_BCV = (jnp.exp(logits_BCV - log_z_BC[..., None]) - hit_BCV) * weight_BC[..., None]
+        loss_BC, log_z_BC = _losses(logits_BCV, target_BC, parts)
+        probability_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
+        d_logits_BCV = (probability_BCV - _hits(logits_BCV, target_BC, parts)) * weight_BC[..., None]
         d_logits_BCV = d_logits_BCV.astype(product_dtype)
         d_hidden_BCD = einsum("BTV,DV->BTD", d_logits_BCV, w_DV, dtype=product_dtype)
         gradient_DV += einsum("BTD,BTV->DV", hidden_BCD, d_logits_BCV, dtype=product_dtype)
@@ -103,12 +107,18 @@ def _forward(
 
 
 def _backward(
-    chunk: int, product_dtype: str, saved: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
+    chunk: int,
+    product_dtype: str,
+    parts: tuple[str, ...],
+    saved: tuple[jax.Array, jax.Array, jax.Array],
+    cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
     d_hidden_BTD, gradient_DV, loss_BT = saved
+    # A result that all parts have reaches them as a share of its cotangent each.
+    whole = jax.lax.psum(cotangent, parts) if parts else cotangent
     return (
-        (d_hidden_BTD * cotangent).astype(d_hidden_BTD.dtype),
-        (gradient_DV * cotangent).astype(gradient_DV.dtype),
+        (d_hidden_BTD * whole).astype(d_hidden_BTD.dtype),
+        (gradient_DV * whole).astype(gradient_DV.dtype),
         None,
         loss_BT * cotangent,
     )
@@ -117,10 +127,22 @@ def _backward(
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _losses(logits_BTV: jax.Array, target_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """-log softmax at the target, and the log of the partition function."""
+def _losses(logits_BTV: jax.Array, target_BT: jax.Array, parts: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    """-log softmax at the target, and the log of the partition function; both over all parts of the vocabulary."""
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    return log_z_BT - jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0], log_z_BT
+    if not parts:
+        return log_z_BT - jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0], log_z_BT
+    largest_BT = jax.lax.pmax(log_z_BT, parts)
+    log_z_BT = largest_BT + jnp.log(jax.lax.psum(jnp.exp(log_z_BT - largest_BT), parts))
+    at_target_BT = jnp.sum(jnp.where(_hits(logits_BTV, target_BT, parts), logits_BTV, 0), axis=-1)
+    return log_z_BT - jax.lax.psum(at_target_BT, parts), log_z_BT
+
+
+def _hits(logits_BTV: jax.Array, target_BT: jax.Array, parts: tuple[str, ...]) -> jax.Array:
+    """Whether a logit is the target's, bool [B, T, V]."""
+    own = logits_BTV.shape[-1]
+    first = jax.lax.axis_index(parts) * own if parts else 0
+    return first + jnp.arange(own, dtype=jnp.int32)[None, None] == target_BT[..., None]
 
 
 def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
@@ -152,9 +174,10 @@ def batch_cross_entropy(
 
     def on_shard(hidden: jax.Array, target: jax.Array, weight: jax.Array, unembedding: jax.Array) -> jax.Array:
         unembedding = gather_weight(unembedding, UNEMBEDDING_AXES, rules, product_dtype)
-        return cross_entropy(hidden, unembedding, target, weight, chunk, product_dtype)[None, None]
+        parts = split_axes("vocab", rules)
+        return cross_entropy(hidden, unembedding, target, weight, chunk, product_dtype, parts)[None, None]
 
-    on_shards = over_tokens(on_shard, UNEMBEDDING_AXES, rules)
+    on_shards = over_tokens(on_shard, UNEMBEDDING_AXES, rules, split=("vocab",))
     return jnp.sum(on_shards(hidden_BTD, target_BT, weight_BT, unembedding_DV))
 
 

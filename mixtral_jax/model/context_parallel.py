@@ -16,10 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from mixtral_jax.model.backends.chunked import Keys, self_attention
 from mixtral_jax.sharding.mesh import current_mesh
+from mixtral_jax.sharding.partition import token_axes
 from mixtral_jax.sharding.rules import Rules
 
 
@@ -45,8 +45,10 @@ def attention(
         keys = Keys(*own)
         return self_attention(q_BTKGH, gather(keys, axis), keys.segment_BS, **settings)
 
-    split = PartitionSpec(None, axis)
-    mapped = jax.shard_map(on_shard, in_specs=split, out_specs=split, axis_names={axis}, check_vma=False)
+    # Over the batch's axes too: the compiler would gather whole batches around a collective that it did not place.
+    split = rules.use(("batch", "length"))
+    names = set(token_axes(rules))
+    mapped = jax.shard_map(on_shard, in_specs=split, out_specs=split, axis_names=names, check_vma=False)
     mixed_BTKGH: jax.Array = mapped(q_BTKGH, k_BTKH, v_BTKH, segment_BT)
     return mixed_BTKGH
 

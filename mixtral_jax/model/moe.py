@@ -34,7 +34,7 @@ from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.parameters import stored_weight, weight
 from mixtral_jax.model.routing import Statistics, route, statistics
 from mixtral_jax.sharding.mesh import current_mesh
-from mixtral_jax.sharding.partition import over_parts, over_tokens
+from mixtral_jax.sharding.partition import over_parts, over_tokens, split_axes
 from mixtral_jax.sharding.rules import TRAINING, Rules
 
 
@@ -150,7 +150,7 @@ class MoE(nn.Module):
             rules=self.rules,
             group_size=size,
             shards=1 if mesh is None else mesh.shape["expert"],
-            parts_of_hidden=() if mesh is None else self.rules.mesh_axes("hidden"),
+            parts_of_hidden=split_axes("hidden", self.rules),
         )
         return over_tokens(serve, AXES, self.rules, split=("hidden",))
 

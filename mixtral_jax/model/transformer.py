@@ -21,7 +21,14 @@ from mixtral_jax.model.rope import rotation
 from mixtral_jax.model.routing import Statistics
 from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.mesh import current_mesh
-from mixtral_jax.sharding.partition import GATHERED, constrain, gather_weight, over_tokens, use_weight
+from mixtral_jax.sharding.partition import (
+    constrain,
+    gather_weight,
+    keep_all_but_gathered,
+    over_tokens,
+    split_axes,
+    use_weight,
+)
 from mixtral_jax.sharding.rules import TRAINING, Rules
 
 EMBEDDING_AXES: Names = ("vocab", "embed")
@@ -29,7 +36,7 @@ UNEMBEDDING_AXES: Names = ("embed", "vocab")
 
 _REMAT_POLICIES = {
     # Kept, the gathered weights of all layers would be the whole model on each device.
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "none": keep_all_but_gathered,
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -131,8 +138,9 @@ class Transformer(nn.Module):
         mask_BT = jnp.ones((batch, length), bool) if segment_BT is None else segment_BT != 0
         context = Context(rotation(position_BT, self.config.head_dim, self.config.rope_theta), mask_BT, segment_BT)
         # Each shard looks up its own tokens: the gradient is then summed over the shards once, whole rows at a time.
-        look_up = over_tokens(partial(_look_up, rules=self.rules), EMBEDDING_AXES, self.rules)
-        x_BTD = look_up(tokens_BT, jnp.asarray(self.embedding_VD)).astype(self.execution.activation_dtype)
+        look_up = partial(_look_up, dtype=self.execution.activation_dtype, rules=self.rules)
+        on_shards = over_tokens(look_up, EMBEDDING_AXES, self.rules, split=("vocab",))
+        x_BTD = on_shards(tokens_BT, jnp.asarray(self.embedding_VD))
         x_BTD, (routing, _) = self.layers(x_BTD, context, None)
         return self.norm(x_BTD), routing
 
@@ -141,8 +149,17 @@ class Transformer(nn.Module):
         return self.embedding_VD.T if self.config.tie_embeddings else self.unembedding_DV
 
 
-def _look_up(tokens_BT: jax.Array, table_VD: jax.Array, rules: Rules) -> jax.Array:
-    return gather_weight(table_VD, EMBEDDING_AXES, rules, table_VD.dtype)[tokens_BT]
+def _look_up(tokens_BT: jax.Array, table_VD: jax.Array, dtype: str, rules: Rules) -> jax.Array:
+    """The embeddings [B, T, D], of a table of which a shard may have a part of the vocabulary."""
+    table_VD = gather_weight(table_VD, EMBEDDING_AXES, rules, table_VD.dtype)
+    parts = split_axes("vocab", rules)
+    if not parts:
+        return table_VD[tokens_BT].astype(dtype)
+    own = len(table_VD)
+    row_BT = tokens_BT - jax.lax.axis_index(parts) * own
+    is_own_BT = (row_BT >= 0) & (row_BT < own)
+    x_BTD = jnp.where(is_own_BT[..., None], table_VD[jnp.clip(row_BT, 0, own - 1)], 0).astype(dtype)
+    return jax.lax.psum(x_BTD, parts)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:

@@ -66,6 +66,7 @@ CASES = [
     (MIXTRAL, {"remat": "products"}),
     (MIXTRAL, {"factor": 1.25, "fsdp": 2, "expert": 2, "context": 2, "window": 48}),
     (MIXTRAL, {"remat": "none", "expert": 4, "tensor": 2}),
+    (MIXTRAL, {"remat": "none", "expert": 4}),
 ]
 
 
