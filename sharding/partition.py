@@ -45,10 +45,21 @@ def use_weight(weight: jax.Array, names: Names, rules: Rules, dtype: DTypeLike |
 def keep_all_but_gathered(primitive: Any, *_: Any, **settings: Any) -> bool:
     """A policy of jax.checkpoint: all is kept but weights that were gathered.
 
-    Refusing their name is not enough, as what is named would be kept in its place. The same operations on tokens cost
-    a little time again.
+    Refusing their name alone would keep what is named, or what a product makes of it: nothing is kept that was only
+    moved, which for tokens costs next to nothing to do again.
     """
-    return primitive.name not in ("all_gather", "sharding_constraint") and settings.get("name") != GATHERED
+    if primitive.name == "custom_vjp_call":  # as `use_weight` and `gather_weight` are, before they are differentiated
+        return not all(inner.primitive.name in {*_MOVES, "convert_element_type"} for inner in _inside(settings))
+    return primitive.name not in _MOVES and settings.get("name") != GATHERED
+
+
+_MOVES = {"all_gather", "sharding_constraint", "optimization_barrier", "reshape", "transpose", "squeeze"}
+
+
+def _inside(settings: dict[str, Any]) -> list[Any]:
+    """The operations of a function with its own derivative."""
+    operations: list[Any] = settings["call_jaxpr"].eqns
+    return operations
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -107,7 +107,9 @@ class MoE(nn.Module):
         moe = self.config.moe
         assert moe is not None
         router_DE = weight(self, "router", (self.config.dim, moe.num_experts), ("embed", None), self.rules)
-        routing = route(einsum("BTD,DE->BTE", x_BTD, router_DE, dtype="float32"), moe.experts_per_token)
+        # Each shard its own: the compiler gathers what it is to sort.
+        choose = over_tokens(lambda logits_BTE, _: route(logits_BTE, moe.experts_per_token), {}, self.rules)
+        routing = choose(einsum("BTD,DE->BTE", x_BTD, router_DE, dtype="float32"), {})
         chosen = routing.expert_BTA, routing.gate_BTA, mask_BT
         if self.has_variable("prepared", "experts"):
             y_BTD, kept_BTA = self._by_need(x_BTD, *chosen)

@@ -1,7 +1,10 @@
 """Programs compiled for machines that are not here: the real ones, of a tiny model."""
 
+from dataclasses import replace
+
 import jax
 import pytest
+from oracles.communication import assert_tokens_travel_and_experts_stay
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig, MoEConfig
 from mixtral_jax.inference.weights import assemble
@@ -41,6 +44,16 @@ def test_a_step_for_tpu(factor, kind):
     large = [each for each in compiled.collectives if each.bytes > 1024]
     assert {each.kind for each in large if each.axes == ("expert",)} == {kind}
     assert compiled.memory["weights"] < compiled.memory["temporaries"] < 64 * 2**20
+
+
+@needs_compiler
+@pytest.mark.parametrize("factor", [None, 1.25], ids=["dropless", "capacity"])
+@pytest.mark.parametrize("axes", [{"expert": 4, "fsdp": 2}, {"expert": 2, "context": 4}], ids=str)
+def test_what_a_step_for_tpu_moves(axes, factor):
+    """With rows enough that shards have several, which tell tokens from numbers of a layer."""
+    job = replace(_job(factor, **axes), rows=16, length=512, model=replace(MODEL, hidden_dim=320, sliding_window=48))
+    (compiled,) = compile_job(check(job), topology("v5p:2x2x2"))
+    assert_tokens_travel_and_experts_stay(compiled.collectives, job.model, job.mesh, job.length)
 
 
 @needs_compiler

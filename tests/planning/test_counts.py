@@ -66,7 +66,6 @@ CASES = [
     (MIXTRAL, {"remat": "products"}),
     (MIXTRAL, {"factor": 1.25, "fsdp": 2, "expert": 2, "context": 2, "window": 48}),
     (MIXTRAL, {"remat": "none", "expert": 4, "tensor": 2}),
-    (MIXTRAL, {"remat": "none", "expert": 4}),
 ]
 
 
@@ -132,6 +131,7 @@ MESHES = [
     (MISTRAL, {"data": 4, "fsdp": 2}),
     (MISTRAL, {"fsdp": 2, "context": 4, "window": 24, "rows": 2}),
     (MIXTRAL, {"fsdp": 2, "expert": 4}),
+    (MIXTRAL, {"remat": "none", "expert": 4}),
 ]
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import re
 from functools import cache
 from typing import NamedTuple
 
@@ -15,10 +14,12 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from oracles import mixture, tiny
+from oracles.communication import assert_tokens_travel_and_experts_stay
 
 from mixtral_jax.config import Dispatch, Execution, MoEConfig
 from mixtral_jax.model.routing import Statistics
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.planning.hlo import collectives
 from mixtral_jax.sharding.axes import MESH_AXES
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 from mixtral_jax.sharding.rules import TRAINING
@@ -197,36 +198,13 @@ def test_equals_one_device(mesh_config, case, accumulation, remat):
     _assert_close_in_norm(run.gradient, one.gradient)
     _assert_close_in_norm(run.params, one.params)
     _assert_moved(run.params, case.params())
-    _assert_tokens_travel_and_experts_stay(run.program, mesh_config)
+    found = collectives(run.program, make_mesh(mesh_config, jax.devices()[: math.prod(mesh_config.shape)]))
+    assert_tokens_travel_and_experts_stay(found, case.config, mesh_config, LENGTH)
 
 
 def _assert_moved(after, before):
     for old, new in zip(*map(jax.tree.leaves, (before, after)), strict=True):
         assert np.linalg.norm(new - old) > 1e-4 * np.linalg.norm(old)
-
-
-def _assert_tokens_travel_and_experts_stay(program, mesh_config):
-    """Slots go there and back, forward and backward. Only expert weights have a side of 24 or its half: gathered over
-    fsdp they have as many experts as a shard holds, never all 8."""
-    travels = len(re.findall(r" all-to-all(?:-start)?\(", program))
-    if mesh_config.expert == 1:
-        assert not travels
-        return
-    assert travels >= 4
-    gathered = _gathered(program)
-    of_experts = [shape for shape in gathered if {CONFIG.hidden_dim, CONFIG.hidden_dim // 2} & {*shape}]
-    assert gathered
-    assert not [shape for shape in of_experts if CONFIG.moe.num_experts in shape]
-    assert bool(of_experts) == (mesh_config.fsdp > 1)
-
-
-def _gathered(program):
-    """The result's shape of each all-gather."""
-    return [
-        tuple(map(int, filter(None, dims.split(","))))
-        for results in re.findall(r"= ([^=\n]*?) all-gather(?:-start)?\(", program)
-        for dims in re.findall(r"\[([\d,]*)\]", results)
-    ]
 
 
 @cache
