@@ -25,44 +25,50 @@ def assert_tokens_travel_and_experts_stay(found, model, mesh, length):
     exchanges = [each for each in found if each.kind in EXCHANGES]
     assert all(each.axes == ("expert",) for each in exchanges)
     assert (len(exchanges) >= 4) == (mesh.expert > 1)
-    experts = {_in_use(leaf, mesh) for leaf in leaves(model) if leaf.kind == "experts"}
     dense = {_in_use(leaf, mesh) for leaf in leaves(model) if leaf.kind != "experts"}
-    counts = (mesh.expert, model.moe.num_experts)
-    own_length = length // mesh.context
+    experts = {_in_use(leaf, mesh) for leaf in leaves(model) if leaf.kind == "experts"}
+    # All of a shard's, or one after another.
+    experts |= {_sorted(side for side in shape if side != model.moe.num_experts // mesh.expert) for shape in experts}
+    num_counts = mesh.expert * model.moe.num_experts
+    gathered = set()
     for each in found:
         shapes = _shapes(each.shape)
         if each.kind == "all-gather":
             assert not ("context" in each.axes and model.sliding_window), each
             if "expert" in each.axes:
-                assert shapes <= dense | {counts}, each
-            elif "fsdp" in each.axes:
-                assert shapes <= dense | experts, each
+                assert shapes <= dense or all(math.prod(shape) == num_counts for shape in shapes), each
+            gathered |= shapes if {"fsdp", "expert"} & {*each.axes} else set()
         elif "expert" in each.axes and each.kind not in EXCHANGES:
-            of_weights = dense | {_part(shape, mesh) for shape in dense}
-            tokens = {shape for shape in shapes - of_weights if len(shape) >= 2 and shape[1] == own_length}
-            assert not tokens, each
-    gathered = {shape for each in found if each.kind == "all-gather" for shape in _shapes(each.shape)}
+            assert each.kind in ("all-reduce", "reduce-scatter"), each
+            cuts = {mesh.tensor, mesh.fsdp * mesh.expert if each.kind == "reduce-scatter" else 1}
+            assert not {shape for shape in shapes if _is_of_tokens(shape, cuts, dense, length // mesh.context)}, each
     assert bool(gathered & experts) == (mesh.fsdp > 1)
     assert bool(gathered & dense) == (mesh.fsdp * mesh.expert > 1)
 
 
+def _is_of_tokens(shape, cuts, dense, length):
+    """Whether an array that is summed is large enough for one of tokens, and no weight's gradient, nor a part of one that
+    is cut on a side."""
+    sides = [(place, cut) for place in range(len(shape)) for cut in cuts]
+    wholes = {_sorted([*shape[:place], shape[place] * cut, *shape[place + 1 :]]) for place, cut in sides}
+    return not (wholes | {shape}) & dense and (len(shape) > 2 or math.prod(shape) >= length * 8)
+
+
 def _in_use(leaf, mesh):
-    """The shape of a weight's part that a shard computes with, of one layer; without sides of 1."""
+    """The sides of a weight's part that a shard computes with, of one layer."""
     shape = []
     for side, name in zip(leaf.shape, leaf.names, strict=True):
         axes = () if name in TRAINING.only_stored else TRAINING.mesh_axes(name)
         shape.append(1 if name == "layers" else side // math.prod(mesh.size(axis) for axis in axes))
-    return tuple(side for side in shape if side > 1)
-
-
-def _part(shape, mesh):
-    """One more way that a gradient of that shape is cut: by its first side, over where it is stored."""
-    return (shape[0] // (mesh.fsdp * mesh.expert), *shape[1:]) if shape else shape
+    return _sorted(shape)
 
 
 def _shapes(types):
-    """The shapes of the arrays that a collective gives, without sides of 1."""
-    return {
-        tuple(side for side in map(int, filter(None, dims.split(","))) if side > 1)
-        for dims in re.findall(r"\[([\d,]*)\]", types)
-    }
+    """The sides of each array that a collective gives."""
+    found = re.findall(r"\[([\d,]*)\]", types)
+    return {_sorted(map(int, filter(None, sides.split(",")))) for sides in found}
+
+
+def _sorted(sides):
+    """Programs transpose, and add sides of 1."""
+    return tuple(sorted(side for side in sides if side > 1))
