@@ -39,7 +39,6 @@ def assert_tokens_travel_and_experts_stay(found, model, mesh, length):
                 assert shapes <= dense or all(math.prod(shape) == num_counts for shape in shapes), each
             gathered |= shapes if {"fsdp", "expert"} & {*each.axes} else set()
         elif "expert" in each.axes and each.kind not in EXCHANGES:
-            assert each.kind in ("all-reduce", "reduce-scatter"), each
             cuts = {mesh.tensor, mesh.fsdp * mesh.expert if each.kind == "reduce-scatter" else 1}
             assert not {shape for shape in shapes if _is_of_tokens(shape, cuts, dense, length // mesh.context)}, each
     assert bool(gathered & experts) == (mesh.fsdp > 1)
@@ -47,8 +46,7 @@ def assert_tokens_travel_and_experts_stay(found, model, mesh, length):
 
 
 def _is_of_tokens(shape, cuts, dense, length):
-    """Whether an array that is summed is large enough for one of tokens, and no weight's gradient, nor a part of one that
-    is cut on a side."""
+    """Whether an array is large enough for one of tokens, and neither a weight's gradient nor that cut on a side."""
     sides = [(place, cut) for place in range(len(shape)) for cut in cuts]
     wholes = {_sorted([*shape[:place], shape[place] * cut, *shape[place + 1 :]]) for place, cut in sides}
     return not (wholes | {shape}) & dense and (len(shape) > 2 or math.prod(shape) >= length * 8)
