@@ -77,6 +77,19 @@ def test_what_is_sent_does_not_grow_with_the_length(mesh):
     assert {kind for kind, _ in _collectives(mesh, None, LENGTH)} >= {"all-gather"}
 
 
+def test_at_32k_tokens_too(mesh):
+    """Eight shards of 4,096 tokens, W = 1,024."""
+    window, length = 1024, 32768
+    assert _collectives(mesh, window, length) == _collectives(mesh, window, length // 2)
+    q, k, v = (x[:, :, :1] for x in _inputs(length, batch=1))
+    run = partial(_value_and_gradients, window, None, 512)
+    expected = jax.jit(run)(q, k, v)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(run)(q, k, v)
+    for ours, plain in zip(actual, expected, strict=True):
+        assert np.linalg.norm(ours - plain) < 1e-5 * np.linalg.norm(plain)
+
+
 @pytest.mark.parametrize(
     ("halo", "length", "pieces"),
     [(6, 4, [(2, 2), (1, 4)]), (4, 4, [(1, 4)]), (1, 4, [(1, 1)]), (0, 4, []), (99, 4, [(3, 4), (2, 4), (1, 4)])],
