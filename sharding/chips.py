@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
@@ -93,3 +95,20 @@ def chip_by_name(name: str) -> Chip:
     if found is None:
         raise InputError("chip", name, f"{nearest(name.lower(), names())}known: {', '.join(names())}")
     return found
+
+
+def has_tpu() -> bool:
+    """Whether a TPU is attached to this host, by its device files."""
+    return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+def quiet_compiler() -> None:
+    """Keeps libtpu, where it is installed for its compiler, from complaining that the host has no TPU.
+
+    It asks the network and the environment which one there is; any answer will do.
+    """
+    if not has_tpu():
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

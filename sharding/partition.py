@@ -49,17 +49,12 @@ def keep_all_but_gathered(primitive: Any, *_: Any, **settings: Any) -> bool:
     moved, which for tokens costs next to nothing to do again.
     """
     if primitive.name == "custom_vjp_call":  # as `use_weight` and `gather_weight` are, before they are differentiated
-        return not all(inner.primitive.name in {*_MOVES, "convert_element_type"} for inner in _inside(settings))
+        inside = {each.primitive.name for each in settings["call_jaxpr"].eqns}
+        return not inside <= {*_MOVES, "convert_element_type"}
     return primitive.name not in _MOVES and settings.get("name") != GATHERED
 
 
 _MOVES = {"all_gather", "sharding_constraint", "optimization_barrier", "reshape", "transpose", "squeeze"}
-
-
-def _inside(settings: dict[str, Any]) -> list[Any]:
-    """The operations of a function with its own derivative."""
-    operations: list[Any] = settings["call_jaxpr"].eqns
-    return operations
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

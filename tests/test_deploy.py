@@ -39,14 +39,14 @@ def test_the_job_of_slurm(tmp_path):
     assert "a run folder is needed" in incomplete.stderr
 
 
-def test_a_process_of_slurm_has_one_gpu():
+def test_each_process_of_slurm_takes_one_gpu_and_sees_all():
     settings = dict(
         line.removeprefix("#SBATCH --").split("=", 1)
         for line in (DEPLOY / "train.sbatch").read_text().splitlines()
         if line.startswith("#SBATCH")
     )
     assert settings["ntasks-per-node"] == settings["gpus-per-node"]
-    assert settings["gpus-per-task"] == "1"
+    assert not {"gpus-per-task", "gpu-bind"} & {*settings}
 
 
 def test_the_jobset():

@@ -27,10 +27,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 def choose(device: str | None) -> None:
     """Sets what jax will look for; to be called before it looks for anything."""
     reuse_memory()
-    # With libtpu installed, jax looks for a TPU, and prints errors where there is none.
     platforms = {"cpu": "cpu", "gpu": "cuda,rocm", "tpu": "tpu"}.get(device or "")
     import jax
 
+    from mixtral_jax.sharding.chips import quiet_compiler
+
+    quiet_compiler()
     if platforms is not None:
         jax.config.update("jax_platforms", platforms)
 

@@ -65,11 +65,16 @@ def assemble(
     """
     if mesh is not None:
         _check_divides(config, mesh, quantize_to)
+    return arrange(config, lambda tensor: _put(np.asarray(read(tensor)), tensor, execution, mesh, quantize_to))
+
+
+def arrange(config: ModelConfig, leaf_of: Callable[[Tensor], Any]) -> Prepared:
+    """The tree of a model's weights, each leaf as the function gives it."""
     top: dict[str, Any] = {}
     layers: list[dict[str, Any]] = [{"params": {}} for _ in range(config.num_layers)]
     experts: dict[tuple[int, int], dict[str, Any]] = {}
     for tensor in tensors(config):
-        leaf = _put(np.asarray(read(tensor)), tensor, execution, mesh, quantize_to)
+        leaf = leaf_of(tensor)
         if tensor.layer is None:
             assign(top, tensor.path, leaf)
         elif tensor.expert is None:
@@ -92,8 +97,12 @@ def _put(
         return jax.tree.map(
             lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), quantize(whole, tensor, quantize_to)
         )
-    dtype = jnp.float32 if tensor.path[-1] in _FLOAT32 else execution.product_dtype
-    return _on_devices(whole, tensor, mesh, dtype)
+    return _on_devices(whole, tensor, mesh, computed_dtype(tensor, execution))
+
+
+def computed_dtype(tensor: Tensor, execution: Execution) -> jnp.dtype:
+    """What a tensor that is not quantised is held in: float32 for norms and routers, else the dtype of products."""
+    return jnp.dtype(jnp.float32 if tensor.path[-1] in _FLOAT32 else execution.product_dtype)
 
 
 def _on_devices(array: np.ndarray, tensor: Tensor, mesh: Mesh | None, dtype: DTypeLike) -> jax.Array:

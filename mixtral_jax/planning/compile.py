@@ -16,10 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.inference import decode
 from mixtral_jax.inference.sampling import SamplingConfig
-from mixtral_jax.inference.weights import Prepared
+from mixtral_jax.inference.weights import Prepared, arrange, computed_dtype
 from mixtral_jax.model.cache import Cache, LayerCache, num_slots
-from mixtral_jax.model.feed_forward import SwiGLU
-from mixtral_jax.model.tensors import assign, tensors
+from mixtral_jax.model.tensors import Tensor
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.planning.hlo import Collective, collectives
 from mixtral_jax.planning.job import Job
@@ -33,7 +32,6 @@ from mixtral_jax.train.packing import Batch
 from mixtral_jax.train.state import abstract_state
 from mixtral_jax.train.step import make_step
 
-_FLOAT32 = ("scale", "router")
 _STEPS = 1000
 
 
@@ -181,23 +179,12 @@ def serving_programs(job: Job, mesh: Mesh) -> list[Abstract]:
 
 def abstract_weights(job: Job, mesh: Mesh) -> Prepared:
     """The weights as `inference.weights.assemble` lays them out."""
-    model, top, experts = job.model, dict[str, Any](), dict[tuple[int, int], dict[str, Any]]()
-    layers: list[dict[str, Any]] = [{"params": {}} for _ in range(model.num_layers)]
-    for tensor in tensors(model):
-        dtype = jnp.float32 if tensor.path[-1] in _FLOAT32 else job.execution.product_dtype
+
+    def leaf_of(tensor: Tensor) -> jax.ShapeDtypeStruct:
         layout = NamedSharding(mesh, DECODING.storage(tensor.axes))
-        leaf = jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(dtype), sharding=layout)
-        if tensor.layer is None:
-            assign(top, tensor.path, leaf)
-        elif tensor.expert is None:
-            assign(layers[tensor.layer]["params"], tensor.path[1:], leaf)
-        else:
-            experts.setdefault((tensor.layer, tensor.expert), {})[tensor.path[-1]] = leaf
-    if model.moe is not None:
-        for index, layer in enumerate(layers):
-            each = tuple(SwiGLU(**experts[index, number]) for number in range(model.moe.num_experts))
-            assign(layer.setdefault("prepared", {}), ("moe", "experts"), each)
-    return Prepared(top["embedding"], tuple(layers), top["norm"], top.get("unembedding"))
+        return jax.ShapeDtypeStruct(tensor.shape, computed_dtype(tensor, job.execution), sharding=layout)
+
+    return arrange(job.model, leaf_of)
 
 
 def abstract_cache(job: Job, mesh: Mesh) -> Cache:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mixtral_jax.model.backends.chunked import MOST_UNROLLED, SPANS
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.planning.job import DTYPE_BYTES, Job
 from mixtral_jax.planning.memory import cache_bytes, decoding_weights, training_shards
@@ -16,8 +17,6 @@ from mixtral_jax.planning.memory import cache_bytes, decoding_weights, training_
 # exponential in the product dtype), forward and backward; read off the passes in `backends/chunked.py`.
 SCORE_BYTES_FORWARD = 12
 SCORE_BYTES_BACKWARD = 24
-UNROLLED_CHUNKS = 16
-SPANS = 4
 OPTIMIZER_PASSES = 7
 """Arrays as large as the weights that an update moves: weights and two moments read and written, gradients read."""
 
@@ -40,7 +39,7 @@ def attended_keys(length: int, before: int | None, total: int, window: int | Non
       before: keys before the first query; None where only running tells, and any key may be seen.
       total: keys.
     """
-    if length <= chunk * UNROLLED_CHUNKS:
+    if length <= chunk * MOST_UNROLLED:
         scores = 0
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)

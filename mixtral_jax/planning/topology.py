@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from mixtral_jax.errors import InputError, nearest
 from mixtral_jax.sharding import chips
-from mixtral_jax.sharding.chips import Chip, Switched, Torus
+from mixtral_jax.sharding.chips import Chip, Switched, Torus, quiet_compiler
 
 EXAMPLES = "such as v5p:4x4x4, v6e:8x8, 2xv5e:16x16, h100:64 or cpu:8"
 
@@ -21,13 +20,6 @@ _NAME = re.compile(r"(?:(\d+)x(?=[a-z]))?([a-z]\w*):(\d+(?:x\d+)*)")
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 _PLANNED = tuple(name for name in chips.names() if name != "v7x")  # of which jax shows two devices a chip
-# libtpu asks the machine which TPU it has, and complains where it has none; what is said here only keeps it quiet.
-_QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 
 @dataclass(frozen=True)
@@ -128,8 +120,7 @@ def devices(machine: Topology) -> Sequence[Any]:
     require_compiler()
     from jax.experimental import topologies
 
-    for key, value in _QUIET.items():
-        os.environ.setdefault(key, value)
+    quiet_compiler()
     options: dict[str, Any] = {}
     if machine.slices > 1:
         options["num_slices"] = machine.slices

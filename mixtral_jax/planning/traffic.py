@@ -135,23 +135,28 @@ def _keys_and_values(job: Job) -> list[Transfer]:
 
 
 def tensor_sums(job: Job) -> int:
-    """How often a layer's residual stream, or its cotangent, is summed: after attention and the feed-forward, and
-    backward for each product that splits its result: queries, keys and values, gate and up."""
-    again = 0 if job.execution.remat == "none" else 1
-    of_experts = 0 if job.model.moe is None else again if not job.repeats_no_experts else 0
-    return 2 + again + of_experts + 3 + 2
+    """How often a layer sums its residual stream, or its cotangent, over `tensor`, each device keeping its part: after
+    attention and the feed-forward; backward for each product that splits its result: queries, keys, values, gate, up;
+    and for attention again, where it is repeated."""
+    return 2 + 3 + 2 + (job.execution.remat == "full")
+
+
+def tensor_gathers(job: Job) -> int:
+    """How often a layer gathers it: for attention and the feed-forward, their cotangents, and both inputs again; the
+    repeated queries and keys of a mixture's layer take one more. The compiler may do with one more or less."""
+    return 6 + (job.model.moe is not None and job.execution.remat == "full")
 
 
 def _tensor_sums(job: Job) -> list[Transfer]:
-    """Besides those of the layers, the looked-up embeddings and the loss's cotangent; and the two tables, which the
-    compiler gathers over `tensor` to look up, to scatter and to multiply."""
+    """Those of the layers, and around them: the looked-up embeddings and the loss's cotangent are summed, the latter
+    twice, and the last layer's output and its cotangent gathered."""
     model = job.model
-    stream = job.local_tokens * model.dim * _FLOAT * job.accumulation
-    size = stream * (tensor_sums(job) * model.num_layers + 2)
-    tables = 3 * model.dim * model.vocab_size * DTYPE_BYTES[job.execution.product_dtype] * job.accumulation
+    values = job.local_tokens * model.dim * job.accumulation
+    summed = _FLOAT * values * (tensor_sums(job) * model.num_layers + 3)
+    gathered = DTYPE_BYTES[job.execution.activation_dtype] * values * (tensor_gathers(job) * model.num_layers + 2)
     return [
-        _transfer(job, "sums over heads and widths", "all-reduce", ("tensor",), size, False),
-        _transfer(job, "tables", "all-gather", ("tensor",), tables, True),
+        _transfer(job, "sums over heads and widths", "reduce-scatter", ("tensor",), summed, False),
+        _transfer(job, "residual streams", "all-gather", ("tensor",), gathered, False),
     ]
 
 

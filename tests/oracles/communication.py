@@ -9,7 +9,7 @@ from mixtral_jax.sharding.rules import TRAINING
 EXCHANGES = {"all-to-all", "ragged-all-to-all"}
 
 
-def assert_tokens_travel_and_experts_stay(found, model, mesh, length):
+def assert_tokens_travel_and_experts_stay(found, model, mesh, tokens):
     """On `expert`, tokens and experts meet by exchanges alone, there and back, forward and backward; and with a window
     nothing is gathered on `context`.
 
@@ -20,7 +20,7 @@ def assert_tokens_travel_and_experts_stay(found, model, mesh, length):
       found: from `planning.hlo.collectives`.
       model: no side of its experts is one of any other weight.
       mesh: a MeshConfig.
-      length: tokens of a row.
+      tokens: of a shard, at a time.
     """
     exchanges = [each for each in found if each.kind in EXCHANGES]
     assert all(each.axes == ("expert",) for each in exchanges)
@@ -40,16 +40,18 @@ def assert_tokens_travel_and_experts_stay(found, model, mesh, length):
             gathered |= shapes if {"fsdp", "expert"} & {*each.axes} else set()
         elif "expert" in each.axes and each.kind not in EXCHANGES:
             cuts = {mesh.tensor, mesh.fsdp * mesh.expert if each.kind == "reduce-scatter" else 1}
-            assert not {shape for shape in shapes if _is_of_tokens(shape, cuts, dense, length // mesh.context)}, each
+            assert not {shape for shape in shapes if math.prod(shape) >= tokens and not _is_part(shape, cuts, dense)}, (
+                each
+            )
     assert bool(gathered & experts) == (mesh.fsdp > 1)
     assert bool(gathered & dense) == (mesh.fsdp * mesh.expert > 1)
 
 
-def _is_of_tokens(shape, cuts, dense, length):
-    """Whether an array is large enough for one of tokens, and neither a weight's gradient nor that cut on a side."""
+def _is_part(shape, cuts, wholes):
+    """Whether an array is one of these, or one of these that is cut on a side."""
     sides = [(place, cut) for place in range(len(shape)) for cut in cuts]
-    wholes = {_sorted([*shape[:place], shape[place] * cut, *shape[place + 1 :]]) for place, cut in sides}
-    return not (wholes | {shape}) & dense and (len(shape) > 2 or math.prod(shape) >= length * 8)
+    uncut = {_sorted([*shape[:place], shape[place] * cut, *shape[place + 1 :]]) for place, cut in sides}
+    return bool((uncut | {shape}) & wholes)
 
 
 def _in_use(leaf, mesh):

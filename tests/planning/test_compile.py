@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import pytest
 from oracles.communication import assert_tokens_travel_and_experts_stay
+from oracles.compiler import needs_compiler
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig, MoEConfig
 from mixtral_jax.inference.weights import assemble
@@ -12,10 +13,9 @@ from mixtral_jax.model.cache import empty_cache
 from mixtral_jax.planning.compile import abstract_cache, abstract_weights, compile_job, local_bytes, too_large_by
 from mixtral_jax.planning.job import Job, check
 from mixtral_jax.planning.memory import memory
-from mixtral_jax.planning.topology import has_compiler, topology
+from mixtral_jax.planning.topology import topology
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
 MODEL = ModelConfig(
     dim=128,
     num_layers=2,
@@ -53,7 +53,7 @@ def test_what_a_step_for_tpu_moves(axes, factor):
     """With rows enough that shards have several, which tell tokens from numbers of a layer."""
     job = replace(_job(factor, **axes), rows=16, length=512, model=replace(MODEL, hidden_dim=320, sliding_window=48))
     (compiled,) = compile_job(check(job), topology("v5p:2x2x2"))
-    assert_tokens_travel_and_experts_stay(compiled.collectives, job.model, job.mesh, job.length)
+    assert_tokens_travel_and_experts_stay(compiled.collectives, job.model, job.mesh, job.local_tokens)
 
 
 @needs_compiler

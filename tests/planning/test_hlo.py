@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from oracles.compiler import needs_compiler
 
 from mixtral_jax.planning.hlo import bytes_by_axes, collectives, sent_fraction
 from mixtral_jax.planning.hlo_text import array_bytes
-from mixtral_jax.planning.topology import devices, has_compiler, topology
+from mixtral_jax.planning.topology import devices, topology
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
 MESH = SimpleNamespace(shape={"data": 1, "fsdp": 2, "expert": 4})
@@ -216,6 +217,6 @@ def test_a_program_for_cpu():
     _check_exchange(make_mesh(MeshConfig(data=1, fsdp=2, expert=4)))
 
 
-@pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
+@needs_compiler
 def test_a_program_for_tpu():
     _check_exchange(make_mesh(MeshConfig(data=1, fsdp=2, expert=4), devices(topology("v5p:2x2x2"))))

@@ -6,13 +6,12 @@ import sys
 from importlib import metadata
 
 import pytest
+from oracles.compiler import needs_compiler
 
 from mixtral_jax.errors import InputError
 from mixtral_jax.planning import topology as machines
-from mixtral_jax.planning.topology import devices, has_compiler, topology
+from mixtral_jax.planning.topology import devices, topology
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
-
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="libtpu is not installed")
 
 
 @pytest.mark.parametrize(

@@ -75,13 +75,14 @@ def test_four_train_what_one_trains(toy_config, tmp_path, whole):
 
 
 @pytest.mark.xdist_group("processes")
-def test_a_signal_to_one_stops_both_at_one_step_and_one_goes_on(toy_config, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_stops_both_at_one_step_and_one_goes_on(toy_config, tmp_path, number):
     folder = tmp_path / "run"
     processes = Processes(toy_config, folder, 2, [*TWO, "steps=2000", "save_every=1000", "validate_every=none"])
     processes.wait_for_step(folder, 2)
-    processes.all[1].send_signal(signal.SIGTERM)
-    assert processes.wait() == [143, 143], processes.said()
-    assert "SIGTERM: stopping after step" in processes.said()
+    processes.all[1].send_signal(number)
+    assert processes.wait() == [128 + number] * 2, processes.said()
+    assert f"{number.name}: stopping after step" in processes.said()
     done = len(_losses(folder))
     assert [int(each.name) for each in (folder / "checkpoints").iterdir()] == [done]
     train(toy_config, folder, steps=done + 2, save_every=1000, validate_every="none")

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.masks import visible
 
-_MOST_UNROLLED = 16
-_SPANS = 4
+MOST_UNROLLED = 16
+"""Chunks of a sequence; where there are more, they are scanned."""
+SPANS = 4
+"""Scans of a sequence without a window."""
 _MASKED = -1e30  # finite: a row that sees nothing yields the mean of the values, not NaN
 
 
@@ -77,13 +79,13 @@ def self_attention(
     """
     length = q_BTKGH.shape[1]
     take = partial(_chunk, q_BTKGH, keys, segment_BT, window, product_dtype)
-    if length <= chunk * _MOST_UNROLLED:
+    if length <= chunk * MOST_UNROLLED:
         spans = [_span(start, min(start + chunk, length), keys, window) for start in range(0, length, chunk)]
         outputs = [take(query, key, *sizes) for query, key, sizes in spans]
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
     # Without a window, later spans of queries have more keys to see: a scan's steps are all as wide as its last.
     known = isinstance(keys.first_query, int)
-    spans_wanted = _SPANS if known and (window is None or window > length) else 1
+    spans_wanted = SPANS if known and (window is None or window > length) else 1
     span = -(-length // (chunk * spans_wanted)) * chunk
     scan = partial(_scanned, take, keys, window, chunk)
     outputs = [scan(start, min(start + span, length)) for start in range(0, length, span)]
