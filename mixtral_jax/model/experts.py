@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import Execution
-from mixtral_jax.model.backends.products import einsum
-from mixtral_jax.model.backends.ragged import grouped_product, grouped_swiglu, grouped_weight_gradient
+from mixtral_jax.model.backends.ragged import grouped_swiglu
 from mixtral_jax.model.dispatch import Slots, collect, combine, spread
 from mixtral_jax.model.exchange import Round, plan_round, rounds, transfer
+from mixtral_jax.model.expert_gradients import pull_grouped, pull_one
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.partition import gather_weight, scatter_gradient, token_axes
@@ -78,7 +78,7 @@ class Places:
         def one(inputs: tuple[Any, ...]) -> tuple[jax.Array, jax.Array, SwiGLU]:
             x_CD, dy_CD, gate_C1, part = inputs
             weights = _unstack(gather(_stack(part), self.rules, self.execution))
-            dx_CD, dgate_C1, dweights = _pull(self.execution, x_CD, dy_CD, gate_C1, weights, _product, _weight_gradient)
+            dx_CD, dgate_C1, dweights = pull_one(self.execution, x_CD, dy_CD, gate_C1, weights)
             return dx_CD, dgate_C1, _unstack(scatter(_stack(dweights), self.rules))
 
         slots = tuple(self._there(each) for each in (x_MD, dy_MD, gate_M1))
@@ -142,7 +142,7 @@ class Rows:
             def step(row: jax.Array, size_1: jax.Array, carry: Any) -> Any:
                 *pulled, so_far = carry
                 x_RD, dy_RD, gate_R1 = (self._slice(each, row) for each in inputs_M)
-                *more, dweights = _pull_grouped(self.execution, x_RD, dy_RD, gate_R1, weights, size_1)
+                *more, dweights = pull_grouped(self.execution, x_RD, dy_RD, gate_R1, weights, size_1)
                 # What it writes beyond the expert's rows, the next expert writes again.
                 pulled = [jax.lax.dynamic_update_slice_in_dim(*pair, row, 0) for pair in zip(pulled, more, strict=True)]
                 return *pulled, jax.tree.map(jnp.add, so_far, dweights)
@@ -203,7 +203,7 @@ class Queue:
         def serve(plan: Round, carry: Any) -> Any:
             dx_MD, dgate_M1, so_far = carry
             x_RD, dy_RD, gate_R1 = (self._there(each, plan) for each in (x_MD, dy_MD, gate_M1))
-            dx_RD, dgate_R1, dweights = _pull_grouped(self.execution, x_RD, dy_RD, gate_R1, weights, plan.sizes_E)
+            dx_RD, dgate_R1, dweights = pull_grouped(self.execution, x_RD, dy_RD, gate_R1, weights, plan.sizes_E)
             dx_MD = transfer(dx_RD, plan.back, dx_MD, EXPERT_AXIS)
             dgate_M1 = transfer(dgate_R1, plan.back, dgate_M1, EXPERT_AXIS)
             return dx_MD, dgate_M1, jax.tree.map(jnp.add, so_far, dweights)
@@ -269,63 +269,6 @@ def _backward(form: Form, inputs: tuple[Any, ...], gradient_ND: jax.Array) -> tu
 
 
 mixture.defvjp(_forward, _backward)
-
-_Product: TypeAlias = Callable[[jax.Array, jax.Array, str], jax.Array]
-
-
-def _pull(
-    execution: Execution,
-    x_RD: jax.Array,
-    dy_RD: jax.Array,
-    gate_R1: jax.Array,
-    weights: SwiGLU,
-    product: _Product,
-    weight_gradient: _Product,
-) -> tuple[jax.Array, jax.Array, SwiGLU]:
-    """From the cotangents of rows' gated results to those of the rows, of the gates, and of the weights (float32).
-
-    Args:
-      product: of rows with their experts' weights, float32.
-      weight_gradient: the sum over an expert's rows of the products of two arrays' rows, float32.
-    """
-    dtype, activation = execution.product_dtype, execution.activation_dtype
-    gate_RF = product(x_RD, weights.gate, dtype).astype(activation)
-    up_RF = product(x_RD, weights.up, dtype).astype(activation)
-    hidden_RF, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate_RF, up_RF)
-    dhidden_RF = product(dy_RD, jnp.swapaxes(weights.down, -1, -2), dtype)
-    # down is linear: the result's product with its cotangent is had without the result.
-    dgate_R1 = jnp.sum(hidden_RF.astype(jnp.float32) * dhidden_RF, axis=1, keepdims=True)
-    dgate_RF, dup_RF = pull((dhidden_RF * gate_R1).astype(activation))
-    dx_RD = product(dgate_RF, jnp.swapaxes(weights.gate, -1, -2), dtype)
-    dx_RD += product(dup_RF, jnp.swapaxes(weights.up, -1, -2), dtype)
-    dweights = SwiGLU(
-        gate=weight_gradient(x_RD, dgate_RF, dtype),
-        up=weight_gradient(x_RD, dup_RF, dtype),
-        down=weight_gradient(hidden_RF, dy_RD * gate_R1, dtype),
-    )
-    return dx_RD.astype(x_RD.dtype), dgate_R1, dweights
-
-
-def _pull_grouped(
-    execution: Execution, x_RD: jax.Array, dy_RD: jax.Array, gate_R1: jax.Array, weights: SwiGLU, sizes_E: jax.Array
-) -> tuple[jax.Array, jax.Array, SwiGLU]:
-    """_pull, of rows in the order of their experts."""
-
-    def product(x_RD: jax.Array, w_EDF: jax.Array, dtype: str) -> jax.Array:
-        return grouped_product(x_RD, w_EDF, sizes_E, dtype)
-
-    def weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, dtype: str) -> jax.Array:
-        return grouped_weight_gradient(x_RD.astype(dtype), dy_RF.astype(dtype), sizes_E)
-
-    return _pull(execution, x_RD, dy_RD, gate_R1, weights, product, weight_gradient)
-
-
-def _product(x_CD: jax.Array, w_DF: jax.Array, dtype: str) -> jax.Array:
-    return einsum("CD,DF->CF", x_CD, w_DF, dtype=dtype)
-
-
-def _weight_gradient(x_CD: jax.Array, dy_CF: jax.Array, dtype: str) -> jax.Array:
-    return einsum("CD,CF->DF", x_CD, dy_CF, dtype=dtype)
 
 
 def _zeros(weights: SwiGLU) -> SwiGLU:

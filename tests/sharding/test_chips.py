@@ -1,11 +1,13 @@
 """Chips by the device kinds that jax reports."""
 
+import os
 from types import SimpleNamespace
 
 import jax
 import pytest
 
 from mixtral_jax.errors import InputError
+from mixtral_jax.sharding import chips
 from mixtral_jax.sharding.chips import Switched, Torus, chip, chip_by_name, names
 
 
@@ -52,3 +54,12 @@ def test_wiring_is_that_of_the_data_sheet(name, both_ways):
         case Switched():
             assert wiring.bandwidth * 2 == both_ways * 1e9
     assert chip_by_name(name).network_bandwidth < both_ways * 1e9 / 8
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_host_with_a_tpu_is_told_nothing_of_it(monkeypatch, attached):
+    monkeypatch.setattr(chips, "has_tpu", lambda: attached)
+    monkeypatch.setattr(os, "environ", {"TPU_WORKER_HOSTNAMES": "mine"})
+    chips.quiet_compiler()
+    assert ("TPU_ACCELERATOR_TYPE" in os.environ) == (not attached)
+    assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
