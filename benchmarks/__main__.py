@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from flax import linen as nn  # noqa: E402
 
-from benchmarks import growth, huggingface, ours  # noqa: E402
+from benchmarks import batching, growth, huggingface, ours, overhead, sparse  # noqa: E402
 from benchmarks.timing import Row, interleave, rates, show  # noqa: E402
 from mixtral_jax.config import model_config  # noqa: E402
 from mixtral_jax.model.transformer import init_params  # noqa: E402
@@ -80,6 +80,10 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "train-b4": lambda repeats: _train(4, repeats),
     "train-b8": lambda repeats: _train(8, repeats),
     "window": growth.window,
+    "engine": lambda repeats: batching.batching(CONFIG, repeats),
+    "overhead": overhead.overhead,
+    "sparse": sparse.decode,
+    "sparse-switch": sparse.switch,
 }
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import Row, interleave, rates
-from mixtral_jax.model.backends.chunked import self_attention
+from mixtral_jax.model.backends.chunked import Keys, self_attention
 
 WINDOW = 1024
 
@@ -31,4 +31,4 @@ def _attention(length: int, window: int | None):
     shapes = [(1, length, 2, 2, 32), (1, length, 2, 32), (1, length, 2, 32)]
     q, k, v = (jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys, shapes, strict=True))
     call = jax.jit(partial(self_attention, segment_BT=None, window=window, chunk=512, product_dtype="bfloat16"))
-    return lambda: jax.block_until_ready(call(q, k, v))
+    return lambda: jax.block_until_ready(call(q, Keys(k, v)))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig
 from mixtral_jax.inference import generate as generation
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.weights import prepare
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.sharding.rules import TRAINING
 from mixtral_jax.train.losses import LossConfig
 from mixtral_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from mixtral_jax.train.packing import Batch
-from mixtral_jax.train.state import TrainState
+from mixtral_jax.train.state import TrainState, abstract_state
 from mixtral_jax.train.step import make_step
 
 
@@ -50,9 +53,14 @@ def decode(config: ModelConfig, params: Any, tokens_BT: np.ndarray, steps: int, 
 
 
 def train(
-    config: ModelConfig, params: Any, tokens_BT: np.ndarray, dtype: str, capacity_factor: float | None = 1.25
+    config: ModelConfig,
+    params: Any,
+    tokens_BT: np.ndarray,
+    dtype: str,
+    capacity_factor: float | None = 1.25,
+    mesh: Mesh | None = None,
 ) -> Callable[[], object]:
-    """A call that does a training step with AdamW: float32 masters, products in dtype."""
+    """A call that does a training step with AdamW: float32 masters, products in dtype; on a mesh, if one is given."""
     model = Transformer(config, Execution(product_dtype=dtype), Dispatch(capacity_factor=capacity_factor))
     settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     optimizer = make_optimizer(settings, 1000)
@@ -69,9 +77,15 @@ def train(
         loss_weight=np.ones(tokens_BT.shape, np.float32),
     )
 
+    if mesh is not None:
+        _, shardings = abstract_state(config, optimizer, mesh, TRAINING)
+        rows = NamedSharding(mesh, TRAINING.use(("batch", "length")))
+        state, batch = jax.device_put(state, shardings), jax.device_put(batch, rows)
+
     def call() -> object:
         nonlocal state
-        state, metrics = step(state, batch)
+        with nullcontext() if mesh is None else jax.set_mesh(mesh):
+            state, metrics = step(state, batch)
         return float(metrics["loss"])
 
     return call

@@ -1,8 +1,7 @@
-"""Plans for pods: the shipped ones found anew, all of them compiled, and a peer's rows planned beside its figures.
+"""Plans for pods: the shipped ones found anew, and all of them compiled.
 
 python -m benchmarks.pods write            configs/pods/ and the table of docs/pods.md, by search
 python -m benchmarks.pods nightly FOLDER   compiles the shipped plans for TPUs that FOLDER has no result of yet
-python -m benchmarks.pods peers            MaxText's rows, compiled: live memory beside its own
 """
 
 from __future__ import annotations
@@ -16,52 +15,20 @@ from typing import Any
 
 import jax
 
-from mixtral_jax.config import Dispatch, model_config
+from mixtral_jax.config import model_config
 from mixtral_jax.planning.compile import compile_job
-from mixtral_jax.planning.job import EXECUTION, Job, check, mesh_text
+from mixtral_jax.planning.job import EXECUTION
 from mixtral_jax.planning.pods import PURPOSES, Pod, pods
 from mixtral_jax.planning.report import GIB, fit
 from mixtral_jax.planning.search import Wanted, fits_on, search
 from mixtral_jax.planning.table import markdown, rows
 from mixtral_jax.planning.topology import topology
-from mixtral_jax.sharding.mesh import MeshConfig
 
 ROOT = Path(__file__).parents[1]
 TOPOLOGIES = ("v4:4x4x4", "v5e:16x16", "v5p:4x4x4", "v5p:4x8x8", "v6e:8x8", "v6e:16x16", "h100:8", "h100:64")
 MODELS = ("mistral-7b-v0.1", "mixtral-8x7b", "mixtral-8x22b")
 HEAD = "# Plans for {name}, each the best that `mixtral-jax plan --topology {name} --search` finds by counts.\n"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-
-# MaxText 0.2.5, Mixtral 8x7B, sequence 4096, AdamW with float32 weights and moments, remat full, compiled ahead of
-# time: topology, mesh, capacity factor, rows a chip, live GiB a chip (None: it refuses the mesh by itself).
-PEERS: tuple[tuple[str, dict[str, int], float | None, int, float | None], ...] = (
-    ("v5p:4x4x4", {"fsdp": 64}, 1.25, 4, 32.9),
-    ("v5p:4x4x4", {"fsdp": 64}, None, 4, 30.7),
-    ("v5p:4x4x4", {"fsdp": 16, "tensor": 4}, None, 4, 32.8),
-    ("v5p:4x4x4", {"fsdp": 16, "expert": 4}, 1.25, 4, 32.4),
-    ("v5p:4x4x4", {"fsdp": 16, "expert": 4}, None, 4, 39.3),
-    ("v5p:4x4x4", {"fsdp": 8, "expert": 8}, None, 4, 38.9),
-    ("v6e:8x8", {"fsdp": 64}, None, 2, 24.6),
-    ("v6e:8x8", {"fsdp": 64}, 1.25, 2, 25.1),
-    ("v5e:16x16", {"fsdp": 256}, None, 1, 11.3),
-)
-
-
-def peers() -> None:
-    """Compiles each row and prints it as a row of markdown."""
-    print("| topology | mesh | MoE | batch a chip | ours, GiB a chip | MaxText, GiB a chip | compile s |")
-    print("|---|---|---|---|---|---|---|")
-    for name, axes, factor, batch, live in PEERS:
-        machine = topology(name)
-        mesh = MeshConfig(**{"data": 1, **axes})
-        dispatch = Dispatch(capacity_factor=factor)
-        job = check(Job(model_config("mixtral-8x7b"), mesh, batch * machine.num_chips, 4096, EXECUTION, dispatch))
-        (compiled,) = compile_job(job, machine)
-        ours = f"over by {compiled.missing / GIB:.1f}" if compiled.missing else f"{compiled.total / GIB:.1f}"
-        moe = "dropless" if factor is None else f"capacity {factor}"
-        print(
-            f"| {name} | {mesh_text(mesh)} | {moe} | {batch} | {ours} | {live} | {compiled.seconds:.0f} |", flush=True
-        )
 
 
 def nightly(folder: Path) -> None:
@@ -145,8 +112,6 @@ def _entry(name: str, wanted: Wanted) -> str:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     match sys.argv[1:]:
-        case ["peers"]:
-            peers()
         case ["nightly", folder]:
             nightly(Path(folder))
         case ["write"]:

@@ -12,11 +12,15 @@ from mixtral_jax.version import __version__
 
 _HOMES = {
     "Dispatch": "mixtral_jax.config",
+    "Engine": "mixtral_jax.inference.engine",
+    "EngineConfig": "mixtral_jax.inference.requests",
     "Execution": "mixtral_jax.config",
     "InputError": "mixtral_jax.errors",
     "MoEConfig": "mixtral_jax.config",
     "ModelConfig": "mixtral_jax.config",
     "Output": "mixtral_jax.model.transformer",
+    "Request": "mixtral_jax.inference.requests",
+    "SamplingConfig": "mixtral_jax.inference.sampling",
     "Transformer": "mixtral_jax.model.transformer",
     "load": "mixtral_jax.loading",
     "model_config": "mixtral_jax.config",

@@ -44,6 +44,8 @@ class MoEConfig:
 
     num_experts: int
     experts_per_token: int
+    selection_bias: bool = False
+    """Whether each expert has a number that is added to its probability for choosing, not for the gates."""
 
     @model_validator(mode="after")
     def check(self) -> MoEConfig:
@@ -103,9 +105,10 @@ class Dispatch:
     """Places an expert has, as a multiple of a balanced share; None: dropless, every token is served."""
     group_size: int = 2048
     """Tokens that share a capacity: a run within one sequence, so that drops don't depend on the mesh."""
-    priority: Literal["position", "choice"] = "position"
+    priority: Literal["position", "choice", "probability"] = "position"
     """Who keeps a place when an expert is full. `position`: earlier tokens, which keeps the model causal;
-    `choice`: all first choices before any second (GShard), where a later token may displace an earlier one."""
+    `choice`: all first choices before any second (GShard); `probability`: the choices with the largest gates (V-MoE).
+    With these two a later token may displace an earlier one."""
 
     exchange_rows: int = 8192
     """Dropless, where experts are spread over a mesh or `execution.remat` is full: how many tokens' choices a device
@@ -117,6 +120,9 @@ class Dispatch:
         return self
 
 
+CacheDtype = Literal["float32", "bfloat16", "int8"]
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Execution:
     """How the model is computed: changes speed, memory and rounding, never the function."""
@@ -125,6 +131,8 @@ class Execution:
     """The residual stream and what lies between products."""
     product_dtype: Literal["float32", "bfloat16"] = "float32"
     """Operands of matrix products; they accumulate in float32."""
+    cache_dtype: CacheDtype | None = None
+    """Keys and values that decoding keeps; None: the dtype of products. `int8` has a scale for each token and head."""
     attention_chunk: int = 128
     """Queries that the chunked backend takes at a time."""
     remat: Literal["none", "products", "full"] = "none"
@@ -135,6 +143,11 @@ class Execution:
     def check(self) -> Execution:
         require_positive(self, ("attention_chunk",))
         return self
+
+    @property
+    def kept_dtype(self) -> str:
+        """Of the cache."""
+        return self.cache_dtype or self.product_dtype
 
 
 def build(cls: type[ConfigType], table: Mapping[str, Any], prefix: str = "") -> ConfigType:
@@ -156,29 +169,36 @@ def _explain(cls: type, error: ValidationError, prefix: str) -> InputError:
 
 
 def _problem(cls: type, details: Any, prefix: str) -> InputError:
-    path = [str(part) for part in details["loc"]]
+    path, _ = _located(cls, details["loc"])
     cause = details.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         return InputError(".".join([prefix, *path, cause.key]).strip("."), cause.value, cause.allowed)
     key = ".".join([prefix, *path]).strip(".")
     if details["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(cls, path[:-1])
+        known = sorted(_located(cls, details["loc"][:-1])[1].get("properties", {}))
         return InputError(key, details["input"], f"unknown key; {nearest(path[-1], known)}known: {', '.join(known)}")
     if details["type"] in ("missing", "missing_argument"):
         return InputError(key, None, "is missing and has no default")
     return InputError(key, details["input"], details["msg"][0].lower() + details["msg"][1:])
 
 
-def _known_keys(cls: Any, path: list[str]) -> list[str]:
-    """The fields of the config section that the path leads to from cls."""
-    adapter = TypeAdapter(cls).json_schema()
-    definitions, node = adapter.get("$defs", {}), adapter
-    for part in path:
+def _located(cls: Any, location: Iterable[Any]) -> tuple[list[str], dict[str, Any]]:
+    """Where pydantic says that an error is, as the user's keys (without the kinds of sections that have several), and
+    the schema of what is there."""
+    schema = TypeAdapter(cls).json_schema()
+    definitions, node = schema.get("$defs", {}), schema
+    path: list[str] = []
+    for part in map(str, location):
+        kinds = node.get("discriminator", {}).get("mapping", {})
+        if part in kinds:
+            node = definitions[kinds[part].rsplit("/", 1)[-1]]
+            continue
+        path.append(part)
         node = node.get("properties", {}).get(part, {})
         for option in [node, *node.get("anyOf", []), *node.get("allOf", [])]:
             if "$ref" in option:
                 node = definitions[option["$ref"].rsplit("/", 1)[-1]]
-    return sorted(node.get("properties", {}))
+    return path, node
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 
 class InputError(ValueError):
@@ -36,3 +37,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A did-you-mean phrase for a misspelt name: `did you mean 'dim'? ` or the empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]!r}? " if close else ""
+
+
+def unless_told(error: BaseException | None, kind: type[Exception] = OSError) -> AbstractContextManager[None]:
+    """For what is closed on the way out: while an error is on its way already, one of this kind does not hide it."""
+    return nullcontext() if error is None else suppress(kind)

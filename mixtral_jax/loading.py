@@ -13,58 +13,69 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.checkpoints.opening import open_source
-from mixtral_jax.checkpoints.source import Source
-from mixtral_jax.config import Execution, ModelConfig
+from mixtral_jax.checkpoints.source import Source, bits_for
+from mixtral_jax.config import CacheDtype, Execution, ModelConfig
 from mixtral_jax.errors import InputError
 from mixtral_jax.inference import decode, generate
+from mixtral_jax.inference.choices import choices
+from mixtral_jax.inference.engine import Engine
 from mixtral_jax.inference.perplexity import DEFAULT_WINDOW, Perplexity, perplexity
+from mixtral_jax.inference.requests import EngineConfig
+from mixtral_jax.inference.runner import Loaded
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.scoring import Scores, score
 from mixtral_jax.inference.weights import Prepared, assemble, restore
-from mixtral_jax.quantization import Bits
+from mixtral_jax.model.tensors import Tensor
+from mixtral_jax.quantization import Bits, is_quantized
+from mixtral_jax.sharding.chips import multiplies_bfloat16
 from mixtral_jax.sharding.mesh import completed
 from mixtral_jax.text.growing import GrowingText
 from mixtral_jax.text.tokenizer import Tokenizer
 
+Dtype = Literal["bfloat16", "float32", "auto"]
 STEPS_A_CALL = 8
 """Tokens decoded between two looks of the host, where text is streamed or may end at a stop string."""
 
 
 def load(
     path: str | Path,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     quantize: Bits | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    cache_dtype: CacheDtype | None = None,
 ) -> Model:
     """Loads a model.
 
     Args:
       path: a Hugging Face folder, one of Mistral's with params.json, a GGUF file, a checkpoint that `convert` wrote,
         the folder of a training run, whose newest checkpoint is taken, or the id of a model on the Hugging Face hub.
-      dtype: of the matrices and of products' operands; products accumulate in float32.
+      dtype: of the matrices and of products' operands; products accumulate in float32. auto: bfloat16, or float32 on
+        a CPU that has no units for products of bfloat16; there it takes half the time and twice the memory.
       quantize: the layers' matrices and the unembedding as int8, a scale a channel, or as int4, a scale a group; each
-        tensor as it is read.
+        tensor as it is read. None: as they are stored, where `convert --quantize` wrote them.
       mesh: the devices to spread the weights over, with any of the axes `fsdp`, `expert` and `tensor`: heads lie over
         `tensor`, feed-forwards, experts and the vocabulary over all three. A tensor goes to its shards as it is read.
+      cache_dtype: of the keys and values that are kept; None: `dtype`. int8 has a scale for each token and head.
 
     Warns of what the files left unsaid, such as a GGUF of its window.
 
     Raises:
       InputError: nothing loadable is there, it is damaged, or an argument is not supported.
     """
-    if dtype not in ("bfloat16", "float32"):
-        raise InputError("dtype", dtype, "'bfloat16' or 'float32'")
+    if dtype not in get_args(Dtype):
+        raise InputError("dtype", dtype, "'bfloat16', 'float32' or 'auto'")
     source = open_source(path)
     for note in source.notes:
         warnings.warn(note, stacklevel=2)
-    return from_source(source, dtype, mesh, quantize)
+    return from_source(source, dtype, mesh, quantize, cache_dtype)
 
 
 def from_source(
     source: Source,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     mesh: jax.sharding.Mesh | None = None,
     quantize: Bits | None = None,
+    cache_dtype: CacheDtype | None = None,
 ) -> Model:
     """The model of a source.
 
@@ -73,15 +84,29 @@ def from_source(
     """
     if quantize not in (None, *get_args(Bits)):
         raise InputError("quantize", quantize, f"{' or '.join(get_args(Bits))}, or nothing")
+    if cache_dtype not in (None, *get_args(CacheDtype)):
+        raise InputError("cache_dtype", cache_dtype, f"{', '.join(get_args(CacheDtype))}, or nothing")
     source.check()
     tokenizer, rows = source.tokenizer(), source.config.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > rows:
         why = f"ids, and the embedding has {rows} rows: this tokenizer is another model's"
         raise InputError(f"{source.path}: tokenizer", tokenizer.vocab_size, why)
-    execution = Execution(product_dtype=dtype)
+    execution = Execution(product_dtype=_product_dtype(dtype, mesh), cache_dtype=cache_dtype)
     mesh = None if mesh is None else completed(mesh)
-    weights = assemble(source.read, source.config, execution, mesh, quantize)
+    bits = bits_for(source, quantize)
+
+    def read(tensor: Tensor) -> Any:
+        return source.read(tensor) if bits is None or not is_quantized(tensor) else source.read_quantized(tensor, bits)
+
+    weights = assemble(read, source.config, execution, mesh, bits)
     return Model(source.config, weights, execution, tokenizer, mesh)
+
+
+def _product_dtype(dtype: Dtype, mesh: jax.sharding.Mesh | None) -> Literal["bfloat16", "float32"]:
+    if dtype != "auto":
+        return dtype
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return "bfloat16" if multiplies_bfloat16(platform) else "float32"
 
 
 class Model:
@@ -165,6 +190,13 @@ class Model:
         with self._on_mesh():
             return perplexity(self._weights, ids, self.config, self._execution, window, stride, progress)
 
+    def routing(
+        self, ids: Sequence[int], window: int, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The experts that each token chooses, int32 [L, N, A], and each token's window, int32 [N]; see `choices`."""
+        with self._on_mesh():
+            return choices(self._weights, ids, self.config, self._execution, window, progress)
+
     def generate(
         self,
         prompts: Any,
@@ -214,6 +246,22 @@ class Model:
             return generate.outputs(state)
         *_, last = self.stream(texts, max_new_tokens, sampling, seed, stop, stop_at_eos)
         return last
+
+    def engine(self, config: EngineConfig | None = None, draft: Model | None = None) -> Engine:
+        """Continues many texts at a time, as they come; see Engine.
+
+        Args:
+          config: how many, how long, and what is guessed ahead; None: the defaults.
+          draft: a smaller model with the same vocabulary, for `EngineConfig(speculation="draft")`.
+
+        Raises:
+          InputError: the model does not have so many positions, or the draft does not fit.
+        """
+        return Engine(self._loaded, config, None if draft is None else draft._loaded, self._mesh)
+
+    @property
+    def _loaded(self) -> Loaded:
+        return Loaded(self._weights, self.config, self._execution)
 
     def stream(
         self,

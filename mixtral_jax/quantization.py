@@ -6,6 +6,7 @@ one row, are not.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import ml_dtypes
@@ -20,15 +21,21 @@ GROUP = 32
 
 _RANGE = {"int8": (-127, 127), "int4": (-8, 7)}
 _RATIOS = (1, 0.95, 0.9, 0.85, 0.8, 0.75)
-_DTYPES = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
-_WHOLE = ("embedding", "router", "scale")
+DTYPES: dict[Bits, np.dtype] = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
+FLOAT32 = ("scale", "router", "bias")
+"""Never in a shorter form, of floats neither: they are small, and decide by small differences."""
 _SUMMED = {"attention.output": (0, 1)}
 """The dimensions that products sum over, where it isn't the first alone."""
 
 
 def is_quantized(tensor: Tensor) -> bool:
     """Whether a tensor is quantised, in a model that is."""
-    return tensor.path[-1] not in _WHOLE
+    return tensor.path[-1] not in ("embedding", *FLOAT32)
+
+
+def bits_of(dtype: np.dtype) -> Bits | None:
+    """What a type says of a tensor that is written: int8, int4, or None for a float."""
+    return next((bits for bits, each in DTYPES.items() if each == dtype), None)
 
 
 def scale_shape(tensor: Tensor, bits: Bits) -> tuple[int, ...]:
@@ -37,7 +44,18 @@ def scale_shape(tensor: Tensor, bits: Bits) -> tuple[int, ...]:
     if bits == "int8":
         return tuple(1 if axis in summed else size for axis, size in enumerate(tensor.shape))
     along = summed[-1]
-    return tuple(size // int(np.gcd(size, GROUP)) if axis == along else size for axis, size in enumerate(tensor.shape))
+    return tuple(groups(size) if axis == along else size for axis, size in enumerate(tensor.shape))
+
+
+def groups(inputs: int) -> int:
+    """How many scales so many inputs of a channel have in int4."""
+    return inputs // math.gcd(inputs, GROUP)
+
+
+def nbytes(tensor: Tensor, bits: Bits) -> int:
+    """The bytes of a tensor in so many bits, its scales among them; two numbers of int4 share a byte."""
+    size = math.prod(tensor.shape)
+    return (size if bits == "int8" else -(-size // 2)) + 4 * math.prod(scale_shape(tensor, bits))
 
 
 def quantize(weight: np.ndarray, tensor: Tensor, bits: Bits) -> Quantized:
@@ -53,7 +71,7 @@ def quantize(weight: np.ndarray, tensor: Tensor, bits: Bits) -> Quantized:
     grouped = weight.reshape(split)
     inside = tuple(range(1, len(split), 2))
     scale = np.abs(grouped).max(axis=inside, keepdims=True) / 127 if bits == "int8" else _best_scale(grouped, inside)
-    values = _rounded(grouped, scale, bits).astype(np.int8).astype(_DTYPES[bits])
+    values = _rounded(grouped, scale, bits).astype(np.int8).astype(DTYPES[bits])
     return Quantized(values.reshape(weight.shape), scale.reshape(shape))
 
 
@@ -78,3 +96,15 @@ def _best_scale(grouped: np.ndarray, inside: tuple[int, ...]) -> np.ndarray:
         error = np.square(_rounded(grouped, scale, "int4") * scale - grouped).sum(axis=inside, keepdims=True)
         best, smallest = np.where(error < smallest, scale, best), np.minimum(error, smallest)
     return best
+
+
+def pack(values: np.ndarray) -> np.ndarray:
+    """Numbers of int4 as uint8, one after another in a row: of a byte the low half is the first."""
+    low, high = np.pad(values.astype(np.uint8).reshape(-1), (0, values.size % 2)).reshape(-1, 2).T
+    return (low & 15) | (high << 4)
+
+
+def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """What `pack` packed."""
+    halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)[: math.prod(shape)]
+    return ((halves ^ 8).astype(np.int8) - 8).astype(DTYPES["int4"]).reshape(shape)

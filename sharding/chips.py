@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,21 @@ def chip_by_name(name: str) -> Chip:
     if found is None:
         raise InputError("chip", name, f"{nearest(name.lower(), names())}known: {', '.join(names())}")
     return found
+
+
+def multiplies_bfloat16(platform: str) -> bool:
+    """Whether a platform has units for products of bfloat16: all but CPUs without AMX or AVX512-BF16.
+
+    Elsewhere XLA:CPU converts the operands on the way, which at decoding takes twice the time of float32. Where a CPU
+    does not say what it has, as outside of Linux on x86-64, it is taken to have none.
+    """
+    if platform != "cpu":
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return re.search(r"^flags\s*:.*\b(amx_bf16|avx512_bf16)\b", flags, re.MULTILINE) is not None
 
 
 def has_tpu() -> bool:

@@ -123,3 +123,10 @@ def same_in_all(value: bytes) -> bool:
         return True
     values = multihost_utils.process_allgather(np.frombuffer(value, np.uint8))
     return bool((values == values[:1]).all())
+
+
+def largest(value: int) -> int:
+    """The largest of all processes' values, in every one."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())

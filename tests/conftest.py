@@ -1,18 +1,40 @@
 """Every test runs on eight CPU devices, with warnings as errors and implicit rank promotion refused."""
 
+import gc
 import os
+from pathlib import Path
+
+import quick_compiler
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile far more than they compute: without LLVM's optimisations they take half the time.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Many runs compile the same program, in this process and in those that tests begin.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "programs")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# XLA gives eight devices eight threads, on which a collective blocks and a product waits for others: let all have one.
+os.environ["PJRT_NPROC"] = "32"
+_FLAGS = f"--xla_force_host_platform_device_count=8 {quick_compiler.FLAGS}"
 # Eight devices on two busy cores may keep each other waiting for longer than the 40 seconds after which XLA aborts.
 _FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 
 import jax  # noqa: E402
+import psutil  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# The eight devices share two threads: two programs in flight, each waiting for some of them, would wait forever.
+# Eight devices share few threads: two programs in flight, each waiting for some of them, would wait forever.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
-pytest_plugins = ["toy_run", "command_line"]
+pytest_plugins = ["toy_run", "toy_tuning", "command_line", "object_store"]
+
+MOST_MEMORY = 3 << 30
+"""Bytes of a worker after which it forgets its programs: a module's are of no use to the next."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Keeps the programs of many modules from adding up."""
+    yield
+    if psutil.Process().memory_info().rss > MOST_MEMORY:
+        jax.clear_caches()
+        gc.collect()

@@ -36,7 +36,7 @@ def test_table_goes_there_and_back(family):
 def test_table_leaves_none_out():
     assert "sliding_window" not in c.to_table(tiny.config("mistral", sliding_window=None))
     assert "moe" not in MISTRAL
-    assert MIXTRAL["moe"] == {"num_experts": 4, "experts_per_token": 2}
+    assert MIXTRAL["moe"] == {"num_experts": 4, "experts_per_token": 2, "selection_bias": False}
 
 
 def test_defaults():
@@ -107,7 +107,7 @@ def test_a_prefix_goes_before_the_key():
     [
         (c.Dispatch, {"capacity_factor": 0}, ("capacity_factor = 0.0: a number above zero",)),
         (c.Dispatch, {"group_size": -3}, ("group_size = -3: a number above zero",)),
-        (c.Dispatch, {"priority": "first"}, ("priority = 'first': ", "'position' or 'choice'")),
+        (c.Dispatch, {"priority": "first"}, ("priority = 'first': ", "'position', 'choice' or 'probability'")),
         (c.Execution, {"activation_dtype": "float16"}, ("activation_dtype = 'float16': ", "'float32' or 'bfloat16'")),
         (c.Execution, {"attention_chunk": 0}, ("attention_chunk = 0: a number above zero",)),
         (c.Execution, {"remat": True}, ("remat = True: ", "'none'", "'full'")),

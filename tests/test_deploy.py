@@ -1,5 +1,6 @@
 """The files of deploy/: what they run is a command that parses, and their numbers agree with each other."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -33,7 +34,7 @@ def test_the_job_of_slurm(tmp_path):
     flag, program, *arguments = shlex.split(said)
     assert (flag, program) == ("--kill-on-bad-exit=1", "mixtral-jax")
     params = _parse(arguments)
-    assert (params["config"], params["run_dir"], params["set_"]) == ("runs/demo", Path("/shared/run"), ["steps=3"])
+    assert (params["config"], params["run_dir"], params["set_"]) == ("runs/demo", "/shared/run", ["steps=3"])
     incomplete = subprocess.run(command[:3], capture_output=True, text=True, env=environment)
     assert incomplete.returncode == 1
     assert "a run folder is needed" in incomplete.stderr
@@ -60,6 +61,15 @@ def test_the_jobset():
     params = _parse(container["args"])
     sizes = [int(each.partition("=")[2]) for each in params["set_"] if each.startswith("mesh.")]
     assert sizes[0] * sizes[1] * sizes[2] == machine.num_chips
+    assert params["run_dir"].startswith("gs://")  # hosts of a slice share no disk
+    page = (DEPLOY.parent / "docs" / "laptop-to-pod.md").read_text()
+    (volume,), (mount,) = pod["volumes"], container["volumeMounts"]
+    created = shlex.split(re.search("^kubectl create .*$", page, re.MULTILINE)[0])
+    assert created[:4] == ["kubectl", "create", "configmap", volume["configMap"]["name"]]
+    files = {f"{mount['mountPath']}/{each.removeprefix('--from-file=')}" for each in created[4:]}
+    assert params["config"] in files
+    assert re.search('^tokenizer = "(.*)"$', page, re.MULTILINE)[1] in files
+    assert "kubectl apply -f deploy/jobset.yaml" in page
     assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
 
 

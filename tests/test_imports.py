@@ -3,6 +3,7 @@
 import configparser
 import os
 import subprocess
+import sys
 import sysconfig
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -55,6 +56,12 @@ def test_every_package_has_an_init():
     for package in tree_packages():
         folder = ROOT.joinpath(*package.split("."))
         assert (folder / "__init__.py").is_file(), f"{package} has modules but no __init__.py"
+
+
+def test_the_command_line_imports_what_a_verb_needs_and_no_more():
+    code = "import sys, mixtral_jax.cli.main; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"jax", "flax", "numpy", "pydantic", "fsspec", "sentencepiece"} & set(loaded.split())
 
 
 @pytest.mark.parametrize("name", MAPPED)

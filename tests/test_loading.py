@@ -92,7 +92,7 @@ def test_refuses(model, call, message):
     [
         ({"path": "nowhere"}, "model = 'nowhere': no such file or folder"),
         ({"path": "."}, "none of the kinds is in this folder"),
-        ({"path": ".", "dtype": "float16"}, "dtype = 'float16': 'bfloat16' or 'float32'"),
+        ({"path": ".", "dtype": "float16"}, "dtype = 'float16': 'bfloat16', 'float32' or 'auto'"),
     ],
 )
 def test_load_refuses(arguments, message):
@@ -139,6 +139,17 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_before_a_weight_is_rea
         mj.load(tmp_path, mesh=mesh)
     with pytest.raises(mj.InputError, match="mesh = 'model': no axis of this name; the axes are data, fsdp, expert"):
         mj.load(tmp_path, mesh=jax.make_mesh((2,), ("model",), devices=jax.devices()[:2]))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_what_the_device_multiplies_fast(tmp_path, monkeypatch, fast):
+    config = tiny.config("mistral")
+    huggingface.to_huggingface(config, tiny.params(config)).save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr("mixtral_jax.loading.multiplies_bfloat16", lambda platform: asked.append(platform) or fast)
+    model = mj.load(tmp_path, dtype="auto")
+    assert asked == ["cpu"]
+    assert model.params["layers"]["attention"]["query"].dtype == ("bfloat16" if fast else "float32")
 
 
 def test_only_what_is_public_is_there():

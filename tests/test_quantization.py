@@ -1,14 +1,24 @@
 """Rounding weights to eight and four bits, and models with such weights."""
 
+import json
+import tracemalloc
+
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from oracles import huggingface, tiny
 
 import mixtral_jax as mj
+from mixtral_jax.checkpoints import native
+from mixtral_jax.checkpoints.convert import convert
+from mixtral_jax.checkpoints.opening import open_source
+from mixtral_jax.checkpoints.source import nbytes
+from mixtral_jax.config import Execution, MoEConfig
+from mixtral_jax.inference.weights import assemble
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.tensors import Tensor, tensors
-from mixtral_jax.quantization import is_quantized, quantize, scale_shape
+from mixtral_jax.quantization import is_quantized, pack, quantize, scale_shape, unpack
 
 PLAIN = Tensor(("layers", "feed_forward", "gate"), (0,), (128, 3), ("embed", "hidden"))
 
@@ -115,6 +125,137 @@ def test_on_a_mesh(folder, bits):
     assert spread.generate([[1, 2, 3]], 12) == alone.generate([[1, 2, 3]], 12)
 
 
+@pytest.mark.parametrize("bits", [None, "int8"])
+def test_an_int8_cache(folder, bits):
+    """On a mesh the same as on one device, and scoring sees what it would keep."""
+    alone = mj.load(folder, dtype="float32", quantize=bits, cache_dtype="int8")
+    whole = mj.load(folder, dtype="float32", quantize=bits)
+    tokens = tiny.tokens(alone.config, 2, 40)
+    real = np.ones(tokens.shape, bool)
+    rounded, plain = (np.asarray(each.score(tokens, real).nats_BT)[:, 1:] for each in (alone, whole))
+    assert 0 < np.median(np.abs(rounded - plain)) < 0.02
+    prompts = [tokens[0, :9].tolist(), tokens[1, :17].tolist()]
+    texts = alone.generate(prompts, max_new_tokens=12, stop_at_eos=False)
+    assert [alone.generate([each], 12, stop_at_eos=False)[0] for each in prompts] == texts
+    mesh = jax.make_mesh((2, 2), ("expert", "tensor"), devices=jax.devices()[:4])
+    spread = mj.load(folder, dtype="float32", quantize=bits, cache_dtype="int8", mesh=mesh)
+    assert spread.generate(prompts, max_new_tokens=12, stop_at_eos=False) == texts
+
+
 def test_refuses(folder):
+    with pytest.raises(mj.InputError, match="cache_dtype = 'int4': float32, bfloat16, int8, or nothing"):
+        mj.load(folder, cache_dtype="int4")
     with pytest.raises(mj.InputError, match="quantize = 'int2': int8 or int4, or nothing"):
         mj.load(folder, quantize="int2")
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7])
+def test_numbers_of_int4_are_packed_in_pairs(size):
+    values = np.random.default_rng(0).integers(-8, 8, size).astype("int4")
+    np.testing.assert_array_equal(pack(np.array([1, -1, -8], values.dtype)), [0xF1, 0x08])
+    assert pack(values).nbytes == (size + 1) // 2
+    np.testing.assert_array_equal(unpack(pack(values), (size,)), values)
+
+
+def leaves(model):
+    """The bytes of every leaf, and its dtype, by its place."""
+    found = jax.tree_util.tree_leaves_with_path(model._weights)
+    return {jax.tree_util.keystr(path): (leaf.dtype, np.asarray(leaf).tobytes()) for path, leaf in found}
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_what_convert_stores_loads_as_if_it_were_rounded_while_loading(folder, tmp_path, monkeypatch, bits):
+    monkeypatch.setattr(native, "CHUNK_BYTES", 20_000)
+    source = open_source(folder)
+    convert(source, tmp_path / "out", "native", quantize=bits)
+    stored = open_source(tmp_path / "out")
+    assert (stored.bits, stored.form, stored.problems()) == (bits, f"mixtral-jax checkpoint in {bits}", [])
+    rounded = mj.load(folder, dtype="float32", quantize=bits)
+    monkeypatch.setattr("mixtral_jax.checkpoints.source.quantize", None)  # nothing is rounded anew
+    for asked in (None, bits):
+        assert leaves(mj.load(tmp_path / "out", dtype="float32", quantize=asked)) == leaves(rounded)
+    convert(stored, tmp_path / "again", "native", quantize=bits)
+    assert leaves(mj.load(tmp_path / "again", dtype="float32")) == leaves(rounded)
+    # Other formats have what the numbers stand for.
+    convert(stored, tmp_path / "plain", "huggingface")
+    plain = mj.load(tmp_path / "plain", dtype="float32")
+    for found, expected in zip(jax.tree.leaves(plain.params), jax.tree.leaves(rounded.params), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    other = {"int8": "int4", "int4": "int8"}[bits]
+    with pytest.raises(mj.InputError, match=f"quantize = '{other}': .*out has its matrices in {bits} already; take"):
+        mj.load(tmp_path / "out", quantize=other)
+    with pytest.raises(mj.InputError, match=f"quantize = '{other}': .*out has its matrices in {bits} already; take"):
+        convert(stored, tmp_path / "x", "native", quantize=other)
+
+
+@pytest.mark.parametrize("part", ["values", "scales"])
+def test_damage_of_what_is_stored_rounded_is_found(folder, tmp_path, part):
+    convert(open_source(folder), tmp_path / "out", "native", quantize="int4")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    name = next(name for name, fields in manifest["tensors"].items() if fields["dtype"] == "int4")
+    (chunk,) = {fields["chunk"] for fields in manifest["tensors"].values()}
+    path = tmp_path / "out" / "params" / chunk
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(path)
+        changed = f"{name}.scales" if part == "scales" else name
+        arrays[changed] = np.asarray(arrays[changed]).copy()
+        arrays[changed].flat[0] += 1
+        checkpointer.save(path, arrays, force=True)
+    with pytest.raises(mj.InputError, match=f"{chunk}: tensor {name} is not what was written: its digest differs"):
+        mj.load(tmp_path / "out")
+    manifest["quantized"] = "int2"
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(mj.InputError, match=r"manifest.json: quantized = 'int2': int8 or int4, or nothing"):
+        mj.load(tmp_path / "out")
+    del manifest["quantized"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(mj.InputError, match="chunk, dtype, shape and sha256 are wanted"):
+        mj.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["huggingface", "consolidated"])
+def test_other_formats_have_no_place_for_it(folder, tmp_path, to):
+    with pytest.raises(mj.InputError, match=f"--quantize = 'int8': our rounding is no part of the {to} format; --to"):
+        convert(open_source(folder), tmp_path / "out", to, quantize="int8")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A Mixtral whose 48 expert matrices are its largest tensors, a quarter of a megabyte each in float32."""
+    folder = tmp_path_factory.mktemp("large")
+    moe = MoEConfig(num_experts=8, experts_per_token=2)
+    config = tiny.config("mixtral", dim=128, hidden_dim=512, moe=moe)
+    huggingface.to_huggingface(config, tiny.params(config)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_few_tensors_are_in_memory_at_once_while_converting(large, tmp_path, monkeypatch, bits):
+    largest = 128 * 512 * 4
+    monkeypatch.setattr(native, "CHUNK_BYTES", largest)
+    source = open_source(large)
+    assert source.tensors
+    tracemalloc.start()
+    convert(source, tmp_path / "out", "native", quantize=bits)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest < peak < 8 * largest < 48 * largest / 4
+    size = sum(path.stat().st_size for path in (tmp_path / "out" / "params").rglob("*") if path.is_file())
+    counted = sum(nbytes(each, np.dtype(bits) if is_quantized(each) else source.dtype(each)) for each in source.tensors)
+    assert size < counted * 1.1
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_loading_takes_the_rounded_size_and_a_few_tensors(large, bits, monkeypatch):
+    """As arrays of numpy, whose memory tracemalloc sees; those of jax would lie beside it."""
+    monkeypatch.setattr("mixtral_jax.inference.weights._on_devices", lambda array, *_: np.array(array))
+    largest, source = 128 * 512 * 4, open_source(large)
+    kept = sum(nbytes(each, np.dtype(bits if is_quantized(each) else np.float32)) for each in source.tensors)
+    kept *= 1 if bits == "int8" else 2  # numpy has no half bytes
+    tracemalloc.start()
+    weights = assemble(source.read, source.config, Execution(), quantize_to=bits)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) <= kept
+    assert peak < kept + 8 * largest < 48 * largest * 0.6

@@ -6,18 +6,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks.toy import MODEL, TEXT
 from mixtral_jax.train import config as configs
 from mixtral_jax.train import loop
 from mixtral_jax.train.progress import Progress
-
-CORPUS = "".join(f"def f{n}(x):\n    return x + {n}\n\n\n" for n in range(400))
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     for part in range(12):
-        (folder / f"part{part}.py").write_text(f"# part {part}\n" + CORPUS[part * 900 : part * 900 + 4000])
+        (folder / f"part{part}.py").write_text(f"# part {part}\n" + TEXT[part * 900 : part * 900 + 4000])
     return folder
 
 
@@ -31,22 +30,7 @@ steps = 6
 save_every = 2
 log_every = 2
 validate_every = 3
-
-[model]
-dim = 16
-num_layers = 2
-num_heads = 2
-num_kv_heads = 1
-head_dim = 8
-hidden_dim = 16
-vocab_size = 300
-sliding_window = 8
-max_position = 64
-
-[model.moe]
-num_experts = 4
-experts_per_token = 2
-
+{MODEL}
 [data]
 sources = [{json.dumps(str(corpus))}]
 vocab_size = 300

@@ -200,12 +200,14 @@ class Scan(NamedTuple):
       num_documents: how many there are.
       num_bytes: their length in UTF-8.
       validation_below: documents with `document_hash` below this are kept for validation.
+      counts: documents of each source that has a share of its own.
     """
 
     digest: str
     num_documents: int
     num_bytes: int
     validation_below: int
+    counts: tuple[int, ...] = ()
 
 
 def document_hash(document: str) -> int:

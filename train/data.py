@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, Protocol
 
-import grain
-import numpy as np
-from jax.sharding import NamedSharding
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from mixtral_jax.config import STRICT
+from mixtral_jax.config import STRICT, require
 from mixtral_jax.errors import InputError
 from mixtral_jax.text.files import load_tokenizer
 from mixtral_jax.text.tokenizer import Tokenizer
@@ -31,23 +28,8 @@ from mixtral_jax.train.corpus import (
     read_documents,
     scan_documents,
 )
-from mixtral_jax.train.packing import Batch, empty_row, stack_rows
-from mixtral_jax.train.token_index import FORMAT, TokenIndex, build_index, is_whole, unigram_entropy
-
-__all__ = [
-    "Batch",
-    "DataConfig",
-    "PreparedData",
-    "TokenIndex",
-    "device_rows",
-    "prepare",
-    "training_batches",
-    "unigram_entropy",
-    "validation_batches",
-]
-
-STEPS = 1 << 40  # more than any run takes; grain wants a length
-THREADS = 2
+from mixtral_jax.train.mixture import Mixture, quotas
+from mixtral_jax.train.token_index import FORMAT, TokenIndex, build_index, is_whole
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -58,6 +40,9 @@ class DataConfig:
 
     sources: tuple[str, ...] = (STDLIB,)
     """Files, folders, globs, URLs such as gs://bucket/folder, or python-stdlib: the running Python's own modules."""
+
+    weights: tuple[float, ...] | None = None
+    """Of each source, what its share of rows is in proportion to; unset: all text is one, each row once an epoch."""
 
     text_field: str = "text"
     """The field of a .jsonl line that holds the document."""
@@ -89,6 +74,39 @@ class DataConfig:
     prefetch: Annotated[int, Field(ge=0)] = 4
     """Batches prepared ahead by threads; 0 for no threads."""
 
+    @model_validator(mode="after")
+    def check(self) -> DataConfig:
+        if self.weights is not None:
+            allowed = f"a number for each of data.sources, of which there are {len(self.sources)}"
+            require(len(self.weights) == len(self.sources), "weights", list(self.weights), allowed)
+            quotas(self.weights)
+        return self
+
+
+class RowIndex(Protocol):
+    """What batches are made of: rows, each once an epoch."""
+
+    @property
+    def sides(self) -> int:
+        """Rows that follow each other and come into a batch together, all first ones before all second ones."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all documents."""
+
+    @property
+    def num_documents(self) -> int:
+        """Texts, examples or pairs."""
+
+    def rows(self, length: int) -> int:
+        """How many rows of `length` tokens an epoch has."""
+
+    def row(self, number: int, length: int) -> Any:
+        """Row `number` of the epoch: fields [length]."""
+
+    def empty_row(self, length: int) -> Any:
+        """A row of padding alone."""
+
 
 class PreparedData(NamedTuple):
     """What `prepare` gives.
@@ -101,8 +119,8 @@ class PreparedData(NamedTuple):
     """
 
     tokenizer: Tokenizer
-    training: TokenIndex
-    validation: TokenIndex
+    training: RowIndex
+    validation: RowIndex
     digest: str
 
 
@@ -117,31 +135,50 @@ def prepare(config: DataConfig, vocab_size: int | None = None, progress: Progres
     Raises:
       InputError: before anything is trained, naming the key and the file, line, byte or token that is at fault.
     """
-    files = find_files(config.sources)
+    groups = [find_files(config.sources)]
+    if config.weights is not None:
+        groups = [find_files([source]) for source in config.sources]
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else _default_cache()
     try:
-        scan = _scan(files, config, cache, progress)
-        tokenizer = _tokenizer(files, config, scan, cache)
-        digest = _digest(scan.digest, scan.validation_below, tokenizer.digest, FORMAT)
-        folder = cache / "indexes" / digest
-        if not is_whole(folder):
-            build_index(folder, _split_documents(files, config, scan), tokenizer, progress, scan.num_bytes)
+        scan = _scan(groups, config, cache, progress)
+        tokenizer = _tokenizer(groups, config, scan, cache)
+        parts = (scan.digest, scan.validation_below, tokenizer.digest, FORMAT)
+        if config.weights is None:
+            digest = _digest(*parts)
+            folders = [cache / "indexes" / digest]
+        else:
+            digest = _digest(*parts, scan.counts)
+            folders = [cache / "indexes" / _digest(*parts, scan.counts, place) for place in range(len(groups))]
+        for folder, files in zip(folders, groups, strict=True):
+            if not is_whole(folder):
+                build_index(folder, _split_documents([files], config, scan), tokenizer, progress, scan.num_bytes)
     except OSError as error:
         wanted = f"{error.strerror or error}; a writable folder is wanted"
         raise InputError("data.cache_dir", str(cache), wanted) from None
-    training, validation = TokenIndex.open(folder, "training"), TokenIndex.open(folder, "validation")
+    training, validation = (_open(folders, split, config) for split in ("training", "validation"))
     _check(config, training, validation, vocab_size)
     return PreparedData(tokenizer, training, validation, digest)
 
 
-def _scan(files: list[SourceFile], config: DataConfig, cache: Path, progress: Progress | None) -> Scan:
+def _open(folders: list[Path], split: str, config: DataConfig) -> TokenIndex | Mixture:
+    parts = [TokenIndex.open(folder, split) for folder in folders]
+    return parts[0] if config.weights is None else Mixture(parts, config.weights)
+
+
+def _scan(groups: list[list[SourceFile]], config: DataConfig, cache: Path, progress: Progress | None) -> Scan:
     """Reads all text once, or remembers what an earlier reading of the same files found."""
-    settings = (config.text_field, config.document_bytes, config.validation_fraction, FORMAT)
-    memory = cache / "scans" / f"{_digest([file.fingerprint() for file in files], settings)}.json"
+    settings: tuple = (config.text_field, config.document_bytes, config.validation_fraction, FORMAT)
+    if config.weights is not None:
+        settings += tuple(map(len, groups))
+    prints = [file.fingerprint() for files in groups for file in files]
+    memory = cache / "scans" / f"{_digest(prints, settings)}.json"
     if memory.is_file():
-        return Scan(*json.loads(memory.read_text()))
-    scan = scan_documents(_documents(files, config), config.validation_fraction, progress)
+        scan = Scan(*json.loads(memory.read_text()))
+        return scan._replace(counts=tuple(scan.counts))
+    counts = [0] * len(groups)
+    scan = scan_documents(_documents(groups, config, counts), config.validation_fraction, progress)
     _check_scan(scan, config)
+    scan = scan._replace(counts=tuple(counts))
     memory.parent.mkdir(parents=True, exist_ok=True)
     partial = memory.with_name(f"{memory.name}.{os.getpid()}")
     partial.write_text(json.dumps(scan))
@@ -157,16 +194,21 @@ def _check_scan(scan: Scan, config: DataConfig) -> None:
         raise InputError("data.validation_fraction", config.validation_fraction, wanted)
 
 
-def _documents(files: list[SourceFile], config: DataConfig) -> Iterator[str]:
-    return read_documents(files, config.text_field, config.document_bytes)
+def _documents(groups: list[list[SourceFile]], config: DataConfig, counts: list[int] | None = None) -> Iterator[str]:
+    """All documents, and how many each group has."""
+    counts = [0] * len(groups) if counts is None else counts
+    for place, files in enumerate(groups):
+        for document in read_documents(files, config.text_field, config.document_bytes):
+            counts[place] += 1
+            yield document
 
 
-def _split_documents(files: list[SourceFile], config: DataConfig, scan: Scan) -> Iterator[tuple[str, str]]:
-    for document in _documents(files, config):
+def _split_documents(groups: list[list[SourceFile]], config: DataConfig, scan: Scan) -> Iterator[tuple[str, str]]:
+    for document in _documents(groups, config):
         yield "validation" if document_hash(document) < scan.validation_below else "training", document
 
 
-def _tokenizer(files: list[SourceFile], config: DataConfig, scan: Scan, cache: Path) -> Tokenizer:
+def _tokenizer(groups: list[list[SourceFile]], config: DataConfig, scan: Scan, cache: Path) -> Tokenizer:
     """The tokenizer named, or one trained on the training documents and kept in the cache."""
     try:
         if config.tokenizer is not None:
@@ -174,20 +216,26 @@ def _tokenizer(files: list[SourceFile], config: DataConfig, scan: Scan, cache: P
         path = cache / "tokenizers" / f"{_digest(scan.digest, scan.validation_below, config.vocab_size, FORMAT)}.model"
         if path.is_file():
             return load_tokenizer(path)
-        training = (text for split, text in _split_documents(files, config, scan) if split == "training")
+        training = (text for split, text in _split_documents(groups, config, scan) if split == "training")
         return train_tokenizer(training, config.vocab_size, path)
     except InputError as error:
         raise InputError(f"data.{error.key.removeprefix('data.')}", error.value, error.allowed) from None
 
 
-def _check(config: DataConfig, training: TokenIndex, validation: TokenIndex, vocab_size: int | None) -> None:
-    _check_rows(training, config)
+def _check(
+    config: DataConfig, training: TokenIndex | Mixture, validation: TokenIndex | Mixture, vocab_size: int | None
+) -> None:
+    for source, part in zip(config.sources, training.parts if isinstance(training, Mixture) else (), strict=False):
+        if not part.rows(config.sequence_length):
+            raise InputError("data.sources", source, "has no text to train on; a source with a weight needs some")
+    check_rows(training, config)
     if vocab_size is not None:
         training.check_vocabulary(vocab_size)
         validation.check_vocabulary(vocab_size)
 
 
-def _check_rows(index: TokenIndex, config: DataConfig) -> None:
+def check_rows(index: RowIndex, config: DataConfig) -> None:
+    """Raises InputError if the index fills less than one batch."""
     rows = index.rows(config.sequence_length)
     if rows < config.batch_size:
         wanted = f"the training text fills {rows} rows of {config.sequence_length} tokens; give more, or at most {rows}"
@@ -200,81 +248,3 @@ def _digest(*parts: object) -> str:
 
 def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixtral-jax"
-
-
-def device_rows(layout: NamedSharding, shape: tuple[int, int]) -> list[int]:
-    """The rows of a batch [B, T] of which this process's devices hold some part, in order.
-
-    Where a sequence is split over processes, each of them reads the whole row.
-    """
-    parts = [index for index in layout.addressable_devices_indices_map(shape).values() if index is not None]
-    spans = {index[0].indices(shape[0])[:2] for index in parts}
-    return sorted({row for span in spans for row in range(*span)})
-
-
-def training_batches(
-    index: TokenIndex, config: DataConfig, first_step: int = 0, rows: Sequence[int] | None = None
-) -> Generator[Batch]:
-    """Batches of steps `first_step`, `first_step + 1`, ... without end; `close()` ends the threads.
-
-    Row r of step s is row `s * batch_size + r` of a stream that has each row of the index once an epoch, in an order
-    that (seed, epoch) decides: a function of (seed, s, r) alone, however many hosts there are and wherever it starts.
-
-    Args:
-      index: the training tokens.
-      config: batch_size, sequence_length, seed and prefetch are used.
-      first_step: the first step to give.
-      rows: which rows of each global batch to give, as from `device_rows`; all by default.
-
-    Raises:
-      InputError: at once, if the index fills less than one batch.
-    """
-    _check_rows(index, config)
-    source = _Steps(index, config, range(config.batch_size) if rows is None else rows)
-    threads = THREADS if config.prefetch else 0
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch)
-    return _iterate(grain.MapDataset.source(source).to_iter_dataset(options), first_step)
-
-
-def _iterate(dataset: grain.IterDataset, first_step: int) -> Generator[Batch]:
-    iterator = iter(dataset)
-    try:
-        iterator.set_state({"next_index": first_step})
-        yield from iterator
-    finally:
-        iterator.close()
-
-
-class _Steps:
-    """The batch of any step, as a source for grain."""
-
-    def __init__(self, index: TokenIndex, config: DataConfig, rows: Sequence[int]):
-        self._index, self._config, self._rows = index, config, rows
-        # Grain adds the epoch to the seed: hashing it keeps neighbouring seeds from sharing epochs.
-        seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0])
-        self._order = grain.MapDataset.range(index.rows(config.sequence_length)).shuffle(seed).repeat()
-        _ = self._order[0]  # grain sets its statistics up on first use, which must not happen in two threads
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def __getitem__(self, step: int) -> Batch:
-        first = step * self._config.batch_size
-        length = self._config.sequence_length
-        return stack_rows([self._index.row(self._order[first + row], length) for row in self._rows])
-
-
-def validation_batches(index: TokenIndex, config: DataConfig, rows: Sequence[int] | None = None) -> Iterator[Batch]:
-    """All rows of the index in order, each exactly once; the last batch is filled with rows of padding.
-
-    Args:
-      index: the validation tokens.
-      config: batch_size and sequence_length are used.
-      rows: which rows of each batch to give, as from `device_rows`; all by default.
-    """
-    rows = range(config.batch_size) if rows is None else rows
-    length = config.sequence_length
-    count = index.rows(length)
-    for first in range(0, count, config.batch_size):
-        numbers = [first + row for row in rows]
-        yield stack_rows([index.row(n, length) if n < count else empty_row(length) for n in numbers])

@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import json
+import os
 import signal
 import time
-from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from mixtral_jax.checkpoints.buckets import folder_at
 from mixtral_jax.errors import InputError
-from mixtral_jax.model.transformer import Transformer, count_parameters
+from mixtral_jax.model.transformer import count_parameters
 from mixtral_jax.sharding import distributed
 from mixtral_jax.sharding.mesh import make_mesh
 from mixtral_jax.sharding.rules import TRAINING
 from mixtral_jax.train import metrics as log
 from mixtral_jax.train.checkpoint import Checkpoints
+from mixtral_jax.train.collapse import CollapseAlarm
 from mixtral_jax.train.config import TrainConfig
-from mixtral_jax.train.data import PreparedData, device_rows, prepare, training_batches, validation_batches
-from mixtral_jax.train.optimizer import learning_rate, make_optimizer
+from mixtral_jax.train.data import PreparedData
+from mixtral_jax.train.feed import Feed
+from mixtral_jax.train.goodput import Goodput, describe
+from mixtral_jax.train.guard import Guard
+from mixtral_jax.train.mixture import text_entropy
+from mixtral_jax.train.optimizer import make_optimizer
 from mixtral_jax.train.packing import Batch
+from mixtral_jax.train.programs import Programs, make_programs
 from mixtral_jax.train.progress import Progress
-from mixtral_jax.train.run_folder import RunFolder
-from mixtral_jax.train.signals import Signals
-from mixtral_jax.train.state import TrainState, abstract_state, init_state
-from mixtral_jax.train.step import make_step
-from mixtral_jax.train.token_index import unigram_entropy
-from mixtral_jax.train.validation import Validation, make_validation, validate
-
-MOST_SKIPPED = 5
-"""Steps in a row that are skipped for want of a finite loss or gradient before the run gives up."""
-
-
-class Diverged(RuntimeError):
-    """Loss or gradient was not finite for too many steps in a row; the last checkpoint is from before."""
+from mixtral_jax.train.run_folder import RunFolder, take, told_of_full_disk
+from mixtral_jax.train.setting import Setting
+from mixtral_jax.train.signals import Agreement, Signals
+from mixtral_jax.train.state import TrainState, abstract_state, init_state, state_of
+from mixtral_jax.train.tracking import NOTHING_MORE, Tracker, Tracking
+from mixtral_jax.train.validation import Validator
+from mixtral_jax.train.watchdog import Watchdog
 
 
 class Ending(NamedTuple):
@@ -51,80 +48,91 @@ class Ending(NamedTuple):
     """What asked it to stop before its last step, or None."""
 
 
-class Programs(NamedTuple):
-    """A run's jitted functions and where its arrays lie."""
-
-    mesh: Mesh
-    step: Any
-    validation: Any
-    batch_sharding: NamedSharding
-    largest: Any
-    """Of an array with an element a device."""
-
-
-def train(config: TrainConfig, folder: Path, progress: Progress) -> Ending:
+def train(
+    config: TrainConfig,
+    folder: str | os.PathLike[str],
+    progress: Progress,
+    strict: bool = False,
+    tracking: Tracking = NOTHING_MORE,
+) -> Ending:
     """Trains until the last step, or until a signal asks to stop; either way the state is saved.
 
     Args:
       config: what to train.
-      folder: the run's; one that a run was begun in goes on with it.
+      folder: the run's, on a disk or, as a URL, in a bucket; one that a run was begun in goes on with it.
       progress: tells the user.
+      strict: a checkpoint that is not verified is an error, where otherwise the one before is used.
+      tracking: what else follows the run.
 
     Raises:
       InputError: the config does not fit the devices, the data or the folder.
-      Diverged: see there.
+      Diverged: see guard.Diverged.
     """
     mesh_config = config.check_mesh(jax.device_count())
-    taken = distributed.together(lambda: RunFolder(folder, config) if distributed.is_first() else nullcontext())
-    with taken, Signals() as signals, Checkpoints(folder, config.keep_checkpoints) as checkpoints:
+    where = folder_at(folder, "--run-dir")
+    taken = distributed.together(lambda: take(where, config) if distributed.is_first() else nullcontext())
+    with (
+        told_of_full_disk(where),
+        taken as run_folder,
+        Signals() as signals,
+        Checkpoints(where, config.retention, strict) as checkpoints,
+    ):
         progress.start(config, mesh_config, count_parameters(config.model))
-        data = distributed.first_alone(lambda: prepare(config.data, config.model.vocab_size, progress.reading))
+        setting = distributed.together(lambda: Setting(config))
+        data = distributed.first_alone(lambda: setting.prepare(progress.reading))
         if not distributed.same_in_all(bytes.fromhex(data.digest)):
             raise InputError("data.sources", list(config.data.sources), "the processes read different text from them")
-        if distributed.is_first():
-            data.tokenizer.save_into(folder, "native")
+        if run_folder is not None:
+            data.tokenizer.save_into(run_folder.local, "native")
         progress.data(data, config)
         mesh = make_mesh(mesh_config)
-        state = restore_or_init(config, mesh, checkpoints)
-        with jax.set_mesh(mesh), log.MetricsLog(folder, int(state.step), distributed.is_first()) as metrics:
-            run = Run(config, data, _programs(config, mesh), checkpoints, metrics, progress, signals, folder)
+        state = restore_or_init(config, mesh, checkpoints, setting)
+        frozen = setting.frozen(mesh)
+        written = None if run_folder is None else run_folder.local
+        first, tokens = int(state.step), config.data.batch_size * config.data.sequence_length
+        with (
+            jax.set_mesh(mesh),
+            Tracker(tracking, config, written) as tracker,
+            Goodput(written, first, tokens) as goodput,
+            log.MetricsLog(written, first) as metrics,
+        ):
+            programs = make_programs(config, mesh, setting, frozen)
+            followed = Followed(metrics, progress, tracker, goodput)
+            run = Run(config, data, programs, checkpoints, followed, signals, run_folder)
+            run.refer(setting, frozen)
             state = run.steps(state)
             finished = int(state.step) >= config.steps
-            if finished:
-                run.validate(state)
+            loss = run.validate(state) if finished else None
             progress.say("saving")
-            checkpoints.save(state)
+            run.sync(soon=True)
+            with goodput.of("checkpoint"):
+                checkpoints.save(state, loss)
+            progress.say(describe(goodput.summary()))
         return Ending(int(state.step), None if finished else run.stopping)
 
 
-def restore_or_init(config: TrainConfig, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
+def restore_or_init(config: TrainConfig, mesh: Mesh, checkpoints: Checkpoints, setting: Setting) -> TrainState:
     """The newest saved state, or a fresh one; each array made where it belongs."""
     optimizer = make_optimizer(config.optimizer, config.steps)
-    abstract, _ = abstract_state(config.model, optimizer, mesh, TRAINING)
+    abstract, _ = abstract_state(config.model, optimizer, mesh, TRAINING, setting.init)
     if checkpoints.latest_step() is None:
-        return init_state(config.model, optimizer, mesh, TRAINING, config.seed)
+        begun = setting.begin(mesh)
+        if begun is not None:
+            return state_of(begun, config.model, optimizer, mesh, TRAINING)
+        return init_state(config.model, optimizer, mesh, TRAINING, config.seed, setting.init)
     state = checkpoints.restore(abstract)
     if int(state.step) > config.steps:
         raise InputError("steps", config.steps, f"the run has already done {int(state.step)}")
     return state
 
 
-def _programs(config: TrainConfig, mesh: Mesh) -> Programs:
-    model = Transformer(config.model, config.execution, config.dispatch, TRAINING)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = learning_rate(config.optimizer, config.steps)
-    _, shardings = abstract_state(config.model, optimizer, mesh, TRAINING)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    step = make_step(model, config.losses, optimizer, schedule, config.accumulation)
-    return Programs(
-        mesh=mesh,
-        # The state comes out laid out as it went in, so that the next step is the same program; numbers, on every
-        # process.
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
-        validation=jax.jit(make_validation(model, config.losses), out_shardings=everywhere),
-        batch_sharding=NamedSharding(mesh, TRAINING.use(("batch", "length"))),
-        largest=jax.jit(jnp.max, out_shardings=everywhere),
-    )
+class Followed(NamedTuple):
+    """Where a run's numbers and times go."""
+
+    metrics: log.MetricsLog
+    progress: Progress
+    tracker: Tracker
+    goodput: Goodput
 
 
 class Run:
@@ -136,117 +144,124 @@ class Run:
         data: PreparedData,
         programs: Programs,
         checkpoints: Checkpoints,
-        metrics: log.MetricsLog,
-        progress: Progress,
+        followed: Followed,
         signals: Signals,
-        folder: Path,
+        folder: RunFolder | None,
     ):
         self.config, self.data, self.programs = config, data, programs
-        self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
-        self.signals, self.folder = signals, folder
+        self.checkpoints, self.folder = checkpoints, folder
+        self.metrics, self.progress, self.tracker, self.goodput = followed
+        self.feed = Feed(data, config.data, programs.batch_sharding)
         self.stopping: signal.Signals | None = None
         """The signal that the processes stop for, once they agree."""
-        self._rows = device_rows(programs.batch_sharding, self._batch_shape)
-        self._skipped = 0
+        self._agreement = Agreement(signals, programs.mesh, programs.largest)
+        self._written = None if folder is None else folder.local
+        self._watchdog = Watchdog(config.guard.hang_seconds, self._written)
+        self._guard = Guard(config.guard)
+        self._guard.recall(self._written)
+        self._alarm = CollapseAlarm(config.model.moe.experts_per_token) if config.model.moe is not None else None
+        self._pending: tuple[int, Any, float | None] | None = None  # a step, its metrics, its end if seen
+        self._saved = False  # a checkpoint was begun, and no step recorded since
         self._clock: float | None = None  # when a step was last seen to end; None: something else was done since
-        self._entropy = unigram_entropy(data.validation, config.model.vocab_size)
+        self._took: float | None = None  # seconds of the step that is recorded
+        entropy = text_entropy(data.validation, config.model.vocab_size)
+        self._validator = Validator(
+            programs.validation, self._held_out, entropy, self._written, self.progress.validation
+        )
+
+    def refer(self, setting: Setting, frozen: Any) -> None:
+        """See Setting.refer."""
+        setting.refer(self.data, self.programs.mesh, frozen, self.feed.place, self.feed.rows, self._written)
 
     def steps(self, state: TrainState) -> TrainState:
         """Steps until the last one or a signal; the metrics of a step are read when the next one is under way."""
         config, first = self.config, int(state.step)
         if first >= config.steps:
             return state
-        batches = self._batches(first)
+        batches = self.feed.training(first)
         self.progress.say("compiling")
-        before: tuple[int, Any] | None = None
-        asked: Any = None
-        for step in range(first, config.steps):
-            state, metrics = self.programs.step(state, self._place(next(batches)))
-            if before is not None:
-                self._record(*before)
-            before = step, metrics
-            asked, self.stopping = self._ask(), self._agreed(asked)
-            if self.stopping is not None:
-                self.progress.say(f"{self.stopping.name}: stopping after step {step + 1}")
-                break
-            self._between(state, step + 1)
-        if before is not None:
-            self._record(*before)
+        with self._watchdog:
+            for step in range(first, config.steps):
+                with self.goodput.of("data"):
+                    batch = self.feed.place(next(batches))
+                self.tracker.before(step)
+                # The first call compiles.
+                with self.goodput.of("compile" if step == first else "step"):
+                    state, metrics = self.programs.step(state, batch, **self._guard.argument(step))
+                # A device that is not asynchronous is done by now: its step's end is not that of the next.
+                ended = time.perf_counter() if metrics["loss"].is_ready() else None
+                self._settle()
+                self._pending = step, metrics, ended
+                self.stopping = self._agreement.reached()
+                if self.stopping is not None:
+                    self.progress.say(f"{self.stopping.name}: stopping after step {step + 1}")
+                    break
+                self._between(state, step + 1)
+            self._settle()
         batches.close()
         return state
 
-    def _ask(self) -> Any:
-        """This process's signal, if it has one; among several, the start of an exchange of them."""
-        if jax.process_count() == 1:
-            return self.signals.received
-        every = NamedSharding(self.programs.mesh, PartitionSpec(self.programs.mesh.axis_names))
-        own = np.array([self.signals.received or 0], np.int32)
-        shape = (self.programs.mesh.size,)
-        return self.programs.largest(jax.make_array_from_callback(shape, every, lambda _: own))
-
-    def _agreed(self, asked: Any) -> signal.Signals | None:
-        """The signal that some process had when the step before was begun: the same for all, so that all stop there."""
-        if jax.process_count() == 1:
-            return self.signals.received
-        return signal.Signals(int(asked)) if asked is not None and int(asked) else None
-
-    @property
-    def _batch_shape(self) -> tuple[int, int]:
-        return self.config.data.batch_size, self.config.data.sequence_length
-
-    def _batches(self, first: int) -> Any:
-        return training_batches(self.data.training, self.config.data, first, self._rows)
-
-    def _place(self, batch: Batch) -> Batch:
-        """The batch on the mesh, of which this process has the rows that its devices hold parts of."""
-
-        def place(rows: np.ndarray) -> jax.Array:
-            def part(index: Any) -> np.ndarray:
-                first, last, _ = index[0].indices(self._batch_shape[0])
-                start = bisect_left(self._rows, first)
-                return rows[start : start + last - first, index[1]]
-
-            return jax.make_array_from_callback(self._batch_shape, self.programs.batch_sharding, part)
-
-        return jax.tree.map(place, batch)
+    def _settle(self) -> None:
+        """Waits for the step that was begun last, and records it."""
+        if self._pending is not None:
+            (step, metrics, ended), self._pending = self._pending, None
+            with self.goodput.of("step"):
+                values = jax.device_get(metrics)  # waits for the step
+            before, self._clock = self._clock, ended or time.perf_counter()
+            self._took = None if before is None else self._clock - before
+            self._record(step, values)
+            self._watchdog.alive()
 
     def _record(self, step: int, values: dict[str, Any]) -> None:
-        values = jax.device_get(values)  # waits for the step
-        before, self._clock = self._clock, time.perf_counter()
+        values["spike"], told = self._guard.see(step, float(values["loss"]), bool(values["skipped"]))
+        if self._alarm is not None:
+            values["collapsed"], more = self._alarm.see(step, values["expert_load"])
+            told += more
         tokens = self.config.data.batch_size * self.config.data.sequence_length
-        rate = None if before is None else tokens / (self._clock - before)
+        rate = None if self._took is None else tokens / self._took
         if rate is not None:
             values |= log.utilisation(self.config.model, self.config.data.sequence_length, rate)
         plain = self.metrics.write(step, values | {"tokens_per_second": rate})
         self.progress.step(plain, self.config)
-        self._skipped = self._skipped + 1 if plain["skipped"] else 0
-        if self._skipped >= MOST_SKIPPED:
-            raise Diverged(f"loss or gradient was not finite in {MOST_SKIPPED} steps up to {step}")
+        for text in told:
+            self.progress.say(text)
+        self.tracker.after(plain)
+        self.sync(soon=self._saved)
+        self._saved = False
+        self._guard.check(step)
 
     def _between(self, state: TrainState, done: int) -> None:
         config = self.config
         if done == config.steps:
             return  # what follows the loop does both
+        loss = None
         if config.validate_every is not None and done % config.validate_every == 0:
-            self.validate(state)
+            self._settle()
+            loss = self.validate(state)
             self._clock = None
         if done % config.save_every == 0:
-            self.checkpoints.save(state)
+            # A step's line is written before its checkpoint is: a run that goes on from there lacks none.
+            self._settle()
+            if self._guard.in_a_row:
+                return  # what follows may be no better; the checkpoints that are there are from before
+            with self.goodput.of("checkpoint"):
+                self.checkpoints.save(state, loss)
+            self.goodput.write()
+            self._saved = True
 
-    def validate(self, state: TrainState) -> Validation | None:
-        """The loss on held-out text, told beside that text's unigram entropy; None where there is no such text."""
+    def sync(self, soon: bool) -> None:
+        """See RunFolder.sync; on the process that has the folder."""
+        if self.folder is not None:
+            self.folder.sync(soon)
+
+    def validate(self, state: TrainState) -> float | None:
+        """The loss on held-out text; None where there is no such text."""
         if self.data.validation.num_tokens < 2:
             return None
-        found = validate(self.programs.validation, state.params, self._validation_batches())
-        if not distributed.is_first():
-            return found
-        line = {"step": int(state.step), "loss": found.loss, "unigram_entropy": self._entropy, "tokens": found.tokens}
-        if found.load_LE is not None:
-            line["load"] = found.load_LE.round(4).tolist()
-        with open(self.folder / log.VALIDATION, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.progress.validation(found, self._entropy)
-        return found
+        with self.goodput.of("validation"):
+            return self._validator(state)
 
-    def _validation_batches(self) -> Iterator[Batch]:
-        return map(self._place, validation_batches(self.data.validation, self.config.data, self._rows))
+    def _held_out(self) -> Iterator[Batch]:
+        for batch in self.feed.validation():
+            yield batch
+            self._watchdog.alive()

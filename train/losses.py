@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from mixtral_jax.config import STRICT, require
 from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.balance import BalanceName, RouterTraining, hf_global
 from mixtral_jax.model.routing import Statistics
 from mixtral_jax.model.transformer import UNEMBEDDING_AXES
 from mixtral_jax.sharding.partition import gather_weight, over_tokens, split_axes
@@ -24,9 +25,15 @@ class LossConfig:
     """What is added to the cross-entropy, and how much of it."""
 
     balance: float = 0.02
-    """Coefficient of the per-sequence load-balancing loss, which is k where routing is balanced."""
+    """Coefficient of the load-balancing loss; 0: none."""
+    balance_loss: BalanceName = "per_sequence"
+    """Whose tokens that loss is taken over."""
     z: float = 0.001
     """Coefficient of the squared log of the router's partition function."""
+    jitter: float = 0.0
+    """The router's input is multiplied by noise from 1 - jitter to 1 + jitter, in training alone."""
+    bias_rate: float = 0.0
+    """How far a step moves the selection bias of each expert towards an even load; needs `model.moe.selection_bias`."""
     chunk: int = 64
     """Tokens of each row whose logits exist at a time."""
 
@@ -34,8 +41,15 @@ class LossConfig:
     def check(self) -> LossConfig:
         require(self.balance >= 0, "balance", self.balance, "zero or more")
         require(self.z >= 0, "z", self.z, "zero or more")
+        require(0 <= self.jitter < 1, "jitter", self.jitter, "zero or more and below 1")
+        require(self.bias_rate >= 0, "bias_rate", self.bias_rate, "zero or more")
         require(self.chunk > 0, "chunk", self.chunk, "a number of tokens above zero")
         return self
+
+    @property
+    def router(self) -> RouterTraining:
+        """The part of it that happens inside the model."""
+        return RouterTraining(self.balance_loss, self.jitter)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -181,6 +195,44 @@ def batch_cross_entropy(
     return jnp.sum(on_shards(hidden_BTD, target_BT, weight_BT, unembedding_DV))
 
 
-def auxiliary(routing: Statistics, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The balance loss and the z-loss of (a part of) a batch of so many real tokens, mean over layers."""
-    return jnp.mean(routing.balance_loss) / tokens, jnp.mean(routing.z_loss) / tokens
+def token_nats(
+    hidden_BTD: jax.Array,
+    unembedding_DV: jax.Array,
+    target_BT: jax.Array,
+    *,
+    chunk: int,
+    product_dtype: str,
+    rules: Rules,
+) -> jax.Array:
+    """-log softmax(hidden @ unembedding)[target] of each token, float32 [B, T]; not to be differentiated.
+
+    Each shard of the current mesh takes its own tokens, a chunk at a time.
+    """
+
+    def on_shard(hidden: jax.Array, target: jax.Array, unembedding: jax.Array) -> jax.Array:
+        unembedding = gather_weight(unembedding, UNEMBEDDING_AXES, rules, product_dtype)
+        parts = split_axes("vocab", rules)
+
+        def step(_: None, piece: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+            hidden_BCD, target_BC = piece
+            logits_BCV = einsum("BTD,DV->BTV", hidden_BCD, unembedding, dtype=product_dtype)
+            return None, _losses(logits_BCV, target_BC, parts)[0]
+
+        loss_XBC = jax.lax.scan(step, None, _chunks(chunk, hidden, target))[1]
+        return jnp.moveaxis(loss_XBC, 0, 1).reshape(len(hidden), -1)[:, : hidden.shape[1]]
+
+    on_shards = over_tokens(on_shard, UNEMBEDDING_AXES, rules, split=("vocab",))
+    return on_shards(hidden_BTD, target_BT, unembedding_DV)
+
+
+def auxiliary(
+    routing: Statistics, tokens: jax.Array, name: BalanceName = "per_sequence"
+) -> tuple[jax.Array, jax.Array]:
+    """The balance loss and the z-loss of (a part of) a batch of so many real tokens: means over layers, but for the
+    balance loss by the names of hf_global, which takes all layers together, and megatron, which sums over them."""
+    if name == "hf_global":
+        assert routing.probability_E is not None
+        balance = hf_global(routing.assigned_E, routing.probability_E, routing.tokens)
+    else:
+        balance = (jnp.sum if name == "megatron" else jnp.mean)(routing.balance_loss)
+    return balance / tokens, jnp.mean(routing.z_loss) / tokens

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import unless_told
 from mixtral_jax.model.flops import training_flops
 from mixtral_jax.sharding.chips import chip
+from mixtral_jax.train.board import Board
 
 METRICS = "metrics.jsonl"
 ROUTING = "routing.jsonl"
@@ -25,34 +26,33 @@ class MetricsLog:
     """Appends to the files of a run's folder; a context manager.
 
     Args:
-      folder: the run's.
+      folder: the run's; None: of several processes, one that only reads the numbers.
       first_step: steps at and after it are forgotten, since they will be done again.
-      writes: False: of several processes, one that only reads the numbers.
     """
 
-    def __init__(self, folder: Path, first_step: int, writes: bool = True):
-        self._writes = writes
-        if not writes:
+    def __init__(self, folder: Path | None, first_step: int):
+        self._writes = folder is not None
+        if folder is None:
             return
         for name in (METRICS, ROUTING, VALIDATION):
             _forget(folder / name, first_step)
         self._metrics = open(folder / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._routing = open(folder / ROUTING, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._board = Board(folder / "tensorboard", first_step)
 
     def write(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
         """Writes a step's numbers; gives them back as plain ones, an array by layer and expert left out."""
         load_LE = values.pop("expert_load", None)
+        collapsed = values.pop("collapsed", None)
         plain = {"step": step, **{key: _plain(value) for key, value in values.items()}}
         if not self._writes:
             return plain
         self._metrics.write(json.dumps(plain) + "\n")
         if load_LE is not None:
             load = np.round(np.asarray(load_LE, float), 4).tolist()
-            self._routing.write(json.dumps({"step": step, "load": load}) + "\n")
-        for key, value in plain.items():
-            if key != "step" and value is not None:
-                self._board.add_scalar(key, value, step)
+            alarm = {"collapsed": [each._asdict() for each in collapsed]} if collapsed else {}
+            self._routing.write(json.dumps({"step": step, "load": load, **alarm}) + "\n")
+        self._board.write(step, {key: each for key, each in plain.items() if key != "step" and each is not None})
         return plain
 
     def __enter__(self) -> MetricsLog:
@@ -63,9 +63,9 @@ class MetricsLog:
     ) -> None:
         if not self._writes:
             return
-        self._metrics.close()
-        self._routing.close()
-        self._board.close()
+        for each in (self._metrics, self._routing, self._board):
+            with unless_told(error):
+                each.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -78,7 +78,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _forget(path: Path, first_step: int) -> None:
     kept = [each for each in read(path) if each["step"] < first_step]
-    path.write_text("".join(json.dumps(each) + "\n" for each in kept), encoding="utf-8")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(json.dumps(each) + "\n" for each in kept), encoding="utf-8")
+    partial.replace(path)  # a process that is killed here leaves the one or the other, whole
 
 
 def _plain(value: Any) -> Any:

@@ -98,5 +98,6 @@ def clip_by_global_norm(clip_norm: float) -> optax.GradientTransformation:
 
 
 def _decayed(params: Any) -> Any:
-    """True for matrices; a norm's scale is the only parameter of that name. The parameters may be boxed."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.DictKey("scale") not in path, params)
+    """True for matrices: neither a norm's scale nor a router's selection bias. The parameters may be boxed."""
+    names = {jax.tree_util.DictKey("scale"), jax.tree_util.DictKey("bias")}
+    return jax.tree_util.tree_map_with_path(lambda path, _: names.isdisjoint(path), params)

@@ -73,6 +73,6 @@ def empty_row(length: int) -> Batch:
     return pack_row(np.zeros(0, np.int32), np.zeros(0, np.int64), length)
 
 
-def stack_rows(rows: Sequence[Batch]) -> Batch:
-    """Rows [T] to a batch [B, T]."""
-    return Batch(*map(np.stack, zip(*rows, strict=True)))
+def stack_rows(rows: Sequence[Any]) -> Any:
+    """Rows [T] to a batch [B, T], of the same class."""
+    return type(rows[0])(*map(np.stack, zip(*rows, strict=True)))

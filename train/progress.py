@@ -12,6 +12,7 @@ from mixtral_jax.sharding.axes import MESH_AXES
 from mixtral_jax.sharding.mesh import MeshConfig
 from mixtral_jax.train.config import TrainConfig
 from mixtral_jax.train.data import PreparedData
+from mixtral_jax.train.mixture import Mixture, quotas
 from mixtral_jax.train.validation import Validation
 
 
@@ -50,19 +51,25 @@ class Progress:
             f" {validation.num_documents:,} and {validation.num_tokens:,} held out;"
             f" {config.steps * a_step / training.num_tokens:.2f} epochs"
         )
+        if isinstance(training, Mixture):
+            quota_K = quotas(training.weights)
+            for source, part, quota in zip(config.data.sources, training.parts, quota_K, strict=True):
+                share = quota / sum(quota_K)
+                epochs = config.steps * config.data.batch_size * share / part.rows(config.data.sequence_length)
+                self.say(f"  {source}: {share:.2%} of rows, {part.num_tokens:,} tokens, {epochs:.2f} epochs")
 
     def step(self, values: dict[str, Any], config: TrainConfig) -> None:
         """A step's numbers, every log_every steps."""
         done = values["step"] + 1
-        if values["skipped"]:
-            self.say(f"step {done}: loss or gradient is not finite, the update is skipped")
         if done % config.log_every and done != config.steps:
             return
-        parts = [f"step {done}/{config.steps}", f"loss {values['loss']:.3f}"]
+        parts = [f"step {done}/{config.steps}", f"loss {_number(values['loss'], '.3f')}"]
         if "expert_load_max" in values:
-            parts += [f"balance {values['balance_loss']:.2f}", f"load max {values['expert_load_max']:.2f}"]
+            parts += [f"balance {_number(values['balance_loss'], '.2f')}", f"load max {values['expert_load_max']:.2f}"]
             parts += [f"dropped {values['dropped_fraction']:.1%}"]
-        parts += [f"grad {values['grad_norm']:.2f}", f"lr {values['learning_rate']:.1e}"]
+        if "reward_margin" in values:
+            parts += [f"margin {_number(values['reward_margin'], '.3f')}", f"accuracy {values['reward_accuracy']:.0%}"]
+        parts += [f"grad {_number(values['grad_norm'], '.2f')}", f"lr {values['learning_rate']:.1e}"]
         rate = values["tokens_per_second"]
         if rate:
             left = (config.steps - done) * config.data.batch_size * config.data.sequence_length / rate
@@ -71,10 +78,17 @@ class Progress:
             parts += [f"MFU {values['mfu']:.1%}"]
         self.say("  ".join(parts))
 
-    def validation(self, found: Validation, entropy: float) -> None:
-        """The loss on held-out text beside its unigram entropy, and the load of the experts there."""
-        line = f"validation loss {found.loss:.3f} nats, {entropy - found.loss:.2f} under the unigram entropy"
-        line += f" of the same {found.tokens:,} tokens ({entropy:.3f})"
+    def validation(self, found: Validation, entropy: float | None) -> None:
+        """The loss on held-out data, beside a text's unigram entropy, and the load of the experts there."""
+        line = f"validation loss {found.loss:.3f}"
+        if entropy is not None:
+            line += f" nats, {entropy - found.loss:.2f} under the unigram entropy"
+            line += f" of the same {found.tokens:,} tokens ({entropy:.3f})"
         if found.load_LE is not None:
             line += "; expert load max/mean by layer " + " ".join(f"{load:.2f}" for load in found.load_LE.max(axis=1))
         self.say(line)
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number; what is not finite is None in a run's files."""
+    return "nan" if value is None else format(value, form)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mixtral_jax.checkpoints.buckets import Folder, fetched, folder_at, is_remote, send, told_of_bucket
 from mixtral_jax.errors import InputError
 from mixtral_jax.train.metrics import METRICS, ROUTING, VALIDATION, read
 
@@ -18,16 +22,36 @@ REPORT = "report"
 _INK = {"train": "#4c72b0", "validation": "#c44e52", "entropy": "#555555"}
 
 
-def write_report(folder: Path) -> list[Path]:
+@contextmanager
+def readable(run: str | os.PathLike[str], also: str = "goodput.json") -> Iterator[Path]:
+    """A run's folder on a disk; while the context lasts, a copy of its numbers and a file besides from a bucket."""
+    folder = folder_at(run, "run")
+    if not is_remote(folder):
+        yield folder
+        return
+    with told_of_bucket(folder, "run"), fetched(folder, lambda name: name.endswith(".jsonl") or name == also) as copy:
+        yield copy
+
+
+def write_report(run: str | os.PathLike[str]) -> list[Folder]:
     """Draws what a run's folder has; returns the PNG files.
 
     Raises:
       InputError: the folder has no metrics.
     """
+    folder = folder_at(run, "run")
+    with readable(run) as copy:
+        paths = _draw(copy, str(run))
+        if is_remote(folder):
+            send(copy, folder, paths)
+        return [folder / path.relative_to(copy) for path in paths]
+
+
+def _draw(folder: Path, name: str) -> list[Path]:
     matplotlib.use("agg")
     metrics = read(folder / METRICS)
     if not metrics:
-        raise InputError("run", str(folder), f"no {METRICS} with at least one step")
+        raise InputError("run", name, f"no {METRICS} with at least one step")
     (folder / REPORT).mkdir(exist_ok=True)
     figures = {"loss": _loss(metrics, read(folder / VALIDATION)), "throughput": _throughput(metrics)}
     routing = read(folder / ROUTING)
@@ -47,9 +71,10 @@ def _loss(metrics: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Fi
     if validation:
         steps, losses = _series(validation, "loss")
         axes.plot(steps, losses, "o-", color=_INK["validation"], label=f"held out ({losses[-1]:.3f})")
-        entropy = validation[-1]["unigram_entropy"]
-        label = f"unigram entropy of the held-out text ({entropy:.3f})"
-        axes.axhline(entropy, color=_INK["entropy"], linestyle="--", linewidth=0.8, label=label)
+        entropy = validation[-1].get("unigram_entropy")
+        if entropy is not None:
+            label = f"unigram entropy of the held-out text ({entropy:.3f})"
+            axes.axhline(entropy, color=_INK["entropy"], linestyle="--", linewidth=0.8, label=label)
     axes.set(xlabel="step", ylabel="nats a token")
     axes.legend()
     return figure

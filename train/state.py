@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,21 +28,31 @@ class TrainState(NamedTuple):
     """optax's state."""
 
 
-def create(config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+Init = Callable[[ModelConfig, jax.Array], Any]
+"""Makes fresh parameters, boxed with the names of their axes."""
+
+
+def create(
+    config: ModelConfig, optimizer: optax.GradientTransformation, key: jax.Array, init: Init = init_params
+) -> TrainState:
     """A fresh state; its arrays are boxed with the names of their axes, the optimizer's like their parameters'."""
-    params = init_params(config, key)
+    params = init(config, key)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def abstract_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: Rules,
+    init: Init = init_params,
 ) -> tuple[TrainState, TrainState]:
     """The state's shapes and dtypes with their shardings, and the shardings alone; nothing is allocated.
 
     Raises:
       InputError: dimensions that the mesh does not divide.
     """
-    boxed = jax.eval_shape(lambda: create(config, optimizer, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: create(config, optimizer, jax.random.key(0), init))
     shardings = named_shardings(mesh, boxed, rules)
     shaped = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -52,9 +63,23 @@ def abstract_state(
 
 
 def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules, seed: int
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: Rules,
+    seed: int,
+    init: Init = init_params,
 ) -> TrainState:
     """A fresh state, each array made where it belongs: none is ever whole on one device."""
-    _, shardings = abstract_state(config, optimizer, mesh, rules)
-    make = jax.jit(lambda key: nn.unbox(create(config, optimizer, key)), out_shardings=shardings)
+    _, shardings = abstract_state(config, optimizer, mesh, rules, init)
+    make = jax.jit(lambda key: nn.unbox(create(config, optimizer, key, init)), out_shardings=shardings)
     return make(jax.random.key(seed))
+
+
+def state_of(
+    params: Any, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules
+) -> TrainState:
+    """The state before the first step of a run that begins with these parameters, which lie as the rules store them."""
+    _, shardings = abstract_state(config, optimizer, mesh, rules)
+    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, moments)

@@ -18,7 +18,7 @@ import numpy as np
 from mixtral_jax.errors import InputError
 from mixtral_jax.text.tokenizer import Tokenizer
 from mixtral_jax.train.corpus import Progress
-from mixtral_jax.train.packing import Batch, num_rows, pack_row
+from mixtral_jax.train.packing import Batch, empty_row, num_rows, pack_row
 
 FORMAT = 1
 SPLITS = ("training", "validation")
@@ -65,6 +65,11 @@ class TokenIndex:
         """How many documents there are."""
         return len(self.offsets) - 1
 
+    @property
+    def sides(self) -> int:
+        """See RowIndex."""
+        return 1
+
     def rows(self, length: int) -> int:
         """How many rows of `length` tokens an epoch has."""
         return num_rows(self.num_tokens, length)
@@ -79,6 +84,10 @@ class TokenIndex:
         """Row `number` of the epoch: fields [length]."""
         return pack_row(*self.window(number * length, length + 1), length)
 
+    def empty_row(self, length: int) -> Batch:
+        """A row of padding alone."""
+        return empty_row(length)
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises InputError with file and offset if a token is not below the model's `vocab_size`."""
         for start in range(0, self.num_tokens, COUNTED_AT_ONCE):
@@ -86,7 +95,9 @@ class TokenIndex:
             if chunk.max() >= vocab_size:
                 offset = start + int(np.argmax(chunk >= vocab_size))
                 token = int(self.tokens[offset])
-                raise InputError(self.name, token, f"token {offset} must be below the model's vocab_size {vocab_size}")
+                document = int(np.searchsorted(self.offsets, offset, side="right")) - 1
+                wanted = f"token {offset}, in document {document}, must be below the model's vocab_size {vocab_size}"
+                raise InputError(self.name, token, wanted)
 
 
 def unigram_entropy(index: TokenIndex, vocab_size: int) -> float:
@@ -94,10 +105,19 @@ def unigram_entropy(index: TokenIndex, vocab_size: int) -> float:
 
     Counts exactly the tokens that carry loss: all but each document's first. 0 if there are none.
     """
+    return entropy(unigram_counts(index, vocab_size))
+
+
+def unigram_counts(index: TokenIndex, vocab_size: int) -> np.ndarray:
+    """How often each token carries loss, int64 [V]."""
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, index.num_tokens, COUNTED_AT_ONCE):
         counts += np.bincount(index.tokens[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
-    counts -= np.bincount(index.tokens[index.offsets[:-1]], minlength=vocab_size)
+    return counts - np.bincount(index.tokens[index.offsets[:-1]], minlength=vocab_size)
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Nats of what was counted so often; 0 if nothing was."""
     probability = counts[counts > 0] / max(1, counts.sum())
     return float(-(probability * np.log(probability)).sum()) + 0.0
 

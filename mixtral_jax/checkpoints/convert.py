@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -16,10 +16,13 @@ from mixtral_jax.checkpoints import consolidated, huggingface, tensor_names
 from mixtral_jax.checkpoints.archive import FLOATS
 from mixtral_jax.checkpoints.native import NativeWriter
 from mixtral_jax.checkpoints.safetensors import SafetensorsWriter
-from mixtral_jax.checkpoints.source import Announced, Source, nbytes, runs
+from mixtral_jax.checkpoints.source import Announced, Source, bits_for, nbytes, runs
 from mixtral_jax.config import ModelConfig, to_table
 from mixtral_jax.errors import InputError
+from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.tensors import Tensor
+from mixtral_jax.quantization import DTYPES as DTYPE_OF_BITS
+from mixtral_jax.quantization import Bits, bits_of, is_quantized
 from mixtral_jax.text.tokenizer import Tokenizer
 
 Format = Literal["native", "huggingface", "consolidated"]
@@ -36,8 +39,8 @@ class Writer(Protocol):
     def has(self, tensor: Tensor) -> bool:
         """Whether the tensor is written."""
 
-    def write(self, tensor: Tensor, array: np.ndarray) -> None:
-        """Takes the next tensor, in our layout."""
+    def write(self, tensor: Tensor, array: Any) -> None:
+        """Takes the next tensor, in our layout: an array or, where it was announced as int8 or int4, Quantized."""
 
     def finish(self, tokenizer: Tokenizer | None) -> None:
         """Ends the folder: config, tokenizer and what else belongs to the tensors."""
@@ -52,6 +55,7 @@ def convert(
     to: Format,
     dtype: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    quantize: Bits | None = None,
 ) -> None:
     """Writes a model as a folder.
 
@@ -61,29 +65,44 @@ def convert(
       to: the format to write.
       dtype: a key of DTYPES; None: what is stored, and float32 for what is quantised.
       progress: is told the bytes written so far, and of all.
+      quantize: the bits of the layers' matrices and of the unembedding, as `load` rounds them; only in our own format.
 
     Raises:
       InputError: the target is there, there is no room, the source is damaged, or what was begun is something else.
     """
-    for key, value, allowed in (("--to", to, get_args(Format)), ("--dtype", dtype, (None, *DTYPES))):
+    for key, value, allowed in (
+        ("--to", to, get_args(Format)),
+        ("--dtype", dtype, (None, *DTYPES)),
+        ("--quantize", quantize, (None, *get_args(Bits))),
+    ):
         if value not in allowed:
             raise InputError(key, value, f"one of {', '.join(map(str, filter(None, allowed)))}")
+    if quantize is not None and to != "native":
+        raise InputError("--quantize", quantize, f"our rounding is no part of the {to} format; --to native keeps it")
+    bits = None if quantize is None else bits_for(source, quantize)
     if target.exists() or target.is_symlink():
         raise InputError("DST", str(target), "is there already, and is not written over")
     source.check()
-    announced = [(tensor, DTYPES[dtype] if dtype else source.dtype(tensor)) for tensor in source.tensors]
+    announced = [(tensor, _kind(source, tensor, dtype, bits)) for tensor in source.tensors]
     partial = _begin(source, target, to, announced)
     total, done = sum(nbytes(*each) for each in announced), 0
     with _told_of_the_disk(partial), closing(_writer(partial, to, source.config, announced)) as writer:
         for tensor, kind in announced:
             if not writer.has(tensor):
-                writer.write(tensor, _cast(source.read(tensor), kind, tensor))
+                writer.write(tensor, _read(source, tensor, kind))
             done += nbytes(tensor, kind)
             progress(done, total)
         writer.finish(source.tokenizer())
     for name in (_PLAN, _PROGRESS):
         (partial / name).unlink(missing_ok=True)
     os.rename(partial, target)
+
+
+def _kind(source: Source, tensor: Tensor, dtype: str | None, bits: Bits | None) -> np.dtype:
+    """What a tensor is written in."""
+    if bits is not None and is_quantized(tensor):
+        return DTYPE_OF_BITS[bits]
+    return DTYPES[dtype] if dtype else source.dtype(tensor)
 
 
 @contextmanager
@@ -131,8 +150,11 @@ def _writer(folder: Path, to: Format, config: ModelConfig, announced: Announced)
     return _SafetensorsFolder(folder, to, config, announced)
 
 
-def _cast(array: np.ndarray, kind: np.dtype, tensor: Tensor) -> np.ndarray:
-    """The array in another type. Raises InputError where values of it are too large for that."""
+def _read(source: Source, tensor: Tensor, kind: np.dtype) -> np.ndarray | Quantized:
+    """A tensor in a type. Raises InputError where values of it are too large for that."""
+    if (bits := bits_of(kind)) is not None:
+        return source.read_quantized(tensor, bits)
+    array = source.read(tensor)
     with np.errstate(over="ignore"):
         cast = array.astype(kind, copy=False)
     if kind.itemsize < array.dtype.itemsize and np.isinf(cast).any() and not np.isinf(array).any():

@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 from mixtral_jax.checkpoints import consolidated, gguf, huggingface, native, run
+from mixtral_jax.checkpoints.adapter import LoraConfig, Merged
 from mixtral_jax.checkpoints.archive import first_line
+from mixtral_jax.checkpoints.buckets import Folder, folder_at, told_of_bucket
 from mixtral_jax.checkpoints.source import Source
+from mixtral_jax.config import build
 from mixtral_jax.errors import InputError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -24,6 +27,8 @@ def open_source(path: str | Path) -> Source:
     Raises:
       InputError: nothing is there that can be opened, or it is damaged.
     """
+    if "://" in str(path):
+        return _open_bucket(str(path))
     where = Path(path)
     if where.is_file() and where.suffix == ".gguf":
         return gguf.open_gguf(where)
@@ -36,11 +41,19 @@ def open_source(path: str | Path) -> Source:
     raise InputError("model", str(path), f"no such file or folder; {KINDS}")
 
 
+def _open_bucket(path: str) -> Source:
+    folder = folder_at(path, "model")
+    with told_of_bucket(folder, "model"):
+        if run.is_run(folder):
+            return _open_run(folder)
+    raise InputError("model", path, "no training run is there; a model of another kind is read from a disk")
+
+
 def _open_folder(folder: Path) -> Source:
     if native.is_native(folder):
         return native.NativeSource(folder)
     if run.is_run(folder):
-        return run.RunSource(folder)
+        return _open_run(folder)
     if huggingface.is_huggingface(folder):
         return huggingface.open_huggingface(folder)
     if consolidated.is_consolidated(folder):
@@ -52,6 +65,20 @@ def _open_folder(folder: Path) -> Source:
     if inside:
         raise InputError("model", str(folder), f"give the GGUF file itself, such as {inside[0].name}")
     raise InputError("model", str(folder), f"none of the kinds is in this folder: {KINDS}")
+
+
+def _open_run(folder: Folder) -> Source:
+    """A run's weights; of one that trained factors, merged with those that it began from."""
+    newest, table = run.RunSource(folder), run.read_table(folder)
+    if "lora" not in table:
+        return newest
+    lora = build(LoraConfig, table["lora"], "lora")
+    try:
+        base = open_source(table["init_from"])
+    except InputError as error:
+        why = f"{error.allowed}; the run has factors alone, and is read with the weights that it began from"
+        raise InputError(f"{folder / run.CONFIG}: init_from", table["init_from"], why) from None
+    return Merged(folder, base, lora, newest.read_all())
 
 
 def _download(name: str) -> Path:

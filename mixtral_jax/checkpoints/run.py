@@ -2,7 +2,7 @@
 
 config.toml        the resolved config; its section `model` is the ModelConfig
 tokenizer.model    or tokenizer.json, and what belongs to it
-checkpoints/STEP/  params and optimizer, an item each, so that inference reads the weights alone
+checkpoints/STEP/  params and optimizer, an item each, so that inference reads the weights alone; digests of all files
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import tomllib
 from collections.abc import Iterable
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 
 from mixtral_jax.checkpoints.archive import told_of_damage
+from mixtral_jax.checkpoints.buckets import Folder, absolute, fetched, is_remote
+from mixtral_jax.checkpoints.digests import choose, saved_steps, verify, warn_of
 from mixtral_jax.checkpoints.source import Source, misfits
 from mixtral_jax.config import ModelConfig, build
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.tensors import Tensor, assign, look_up
 from mixtral_jax.model.transformer import abstract_params
+from mixtral_jax.text.files import find_tokenizer, load_tokenizer
+from mixtral_jax.text.tokenizer import Tokenizer
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
@@ -35,34 +39,63 @@ OPTIMIZER = "optimizer"
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-def open_manager(folder: Path, keep: int | None = None) -> ocp.CheckpointManager:
-    """Orbax's manager of a run's checkpoints; it keeps the last few, or all."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-    return ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options, item_names=(PARAMS, OPTIMIZER))
+def open_manager(folder: Folder, create: bool = False) -> ocp.CheckpointManager:
+    """Orbax's manager of a run's checkpoints; it removes none."""
+    options = ocp.CheckpointManagerOptions(create=create)
+    return ocp.CheckpointManager(absolute(folder / CHECKPOINTS), options=options, item_names=(PARAMS, OPTIMIZER))
 
 
-def is_run(folder: Path) -> bool:
+def holds_checkpoint(step: Folder) -> bool:
+    """Whether a step's folder holds what Orbax commits."""
+    return all((step / item / "_METADATA").is_file() for item in (PARAMS, OPTIMIZER))
+
+
+def find_step(folder: Folder, step: int | None = None) -> int:
+    """A run's newest step whose weights are verified; each that is passed by is warned of.
+
+    Args:
+      folder: the run's.
+      step: this one or none.
+
+    Raises:
+      InputError: there is none.
+    """
+    checkpoints = absolute(folder / CHECKPOINTS)
+    found = saved_steps(checkpoints)
+    if not found or step not in (None, *found):
+        raise InputError(str(folder), step, f"no checkpoint; saved steps: {found or 'none'}")
+    wanted = found if step is None else [step]
+    choice = choose(checkpoints, partial(verify, item=PARAMS), holds_checkpoint, wanted)
+    if choice.step is None:
+        raise InputError(str(folder), step, f"no checkpoint: {'; '.join(choice.passed_by.values())}")
+    warn_of(choice)
+    return choice.step
+
+
+def is_run(folder: Folder) -> bool:
     """Whether the folder is a training run's."""
-    return (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir()
+    # In a bucket a folder is there only with what is in it.
+    return (folder / CONFIG).is_file() and (is_remote(folder) or (folder / CHECKPOINTS).is_dir())
 
 
-def read_run_config(folder: Path) -> ModelConfig:
+def read_run_config(folder: Folder) -> ModelConfig:
     """The model of a run's folder."""
-    table = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    return build(ModelConfig, table["model"], "model")
+    return build(ModelConfig, read_table(folder)["model"], "model")
 
 
-def read_params(folder: Path, config: ModelConfig, step: int | None = None) -> tuple[Any, int]:
+def read_table(folder: Folder) -> dict[str, Any]:
+    """The resolved config of a run's folder, as TOML gives it."""
+    return tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
+
+
+def read_params(folder: Folder, config: ModelConfig, step: int | None = None) -> tuple[Any, int]:
     """The weights of a run's newest checkpoint, or of the one at a step, on this process's first device.
 
     Raises:
-      InputError: there is no such checkpoint.
+      InputError: there is no such checkpoint, or it is damaged.
     """
+    wanted = find_step(folder, step)
     with open_manager(folder) as manager:
-        found = sorted(manager.all_steps())
-        wanted = found[-1] if step is None and found else step
-        if wanted is None or wanted not in found:
-            raise InputError(str(folder), step, f"no checkpoint; saved steps: {found or 'none'}")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
@@ -75,27 +108,37 @@ def read_params(folder: Path, config: ModelConfig, step: int | None = None) -> t
 class RunSource(Source):
     """The newest checkpoint of a training run."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Folder):
         super().__init__(folder, "training run", read_run_config(folder))
+
+    def tokenizer(self) -> Tokenizer | None:
+        """See Source."""
+        if not is_remote(self.path):
+            return super().tokenizer()
+        with fetched(self.path, lambda name: name.endswith((".json", ".model", ".jinja"))) as copy:
+            return load_tokenizer(copy) if find_tokenizer(copy) else None
+
+    def identity(self) -> dict[str, Any]:
+        """See Source."""
+        return {str(self._checkpoint): self._step} if is_remote(self.path) else super().identity()
 
     @cached_property
     def _step(self) -> int:
-        with open_manager(self.path) as manager:
-            steps = sorted(manager.all_steps())
-        if not steps:
-            raise InputError(str(self.path), None, "no checkpoint yet")
-        return steps[-1]
+        return find_step(self.path)
 
     @property
-    def _checkpoint(self) -> Path:
-        return (self.path / CHECKPOINTS / str(self._step) / PARAMS).absolute()
+    def _checkpoint(self) -> Folder:
+        return absolute(self.path / CHECKPOINTS / str(self._step) / PARAMS)
+
+    @cached_property
+    def _tree(self) -> Any:
+        with ocp.PyTreeCheckpointer() as checkpointer, told_of_damage(self._checkpoint):
+            return checkpointer.metadata(self._checkpoint).item_metadata.tree
 
     @cached_property
     def _metadata(self) -> dict[str, Any]:
         """The shape and type of each leaf, by its path with dots."""
-        with ocp.PyTreeCheckpointer() as checkpointer, told_of_damage(self._checkpoint):
-            tree = checkpointer.metadata(self._checkpoint).item_metadata.tree
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        leaves = jax.tree_util.tree_leaves_with_path(self._tree)
         return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
     @lru_cache(maxsize=1)  # noqa: B019
@@ -106,6 +149,12 @@ class RunSource(Source):
         arguments = ocp.args.PyTreeRestore(item=target, restore_args=target, partial_restore=True)
         with ocp.PyTreeCheckpointer() as checkpointer, told_of_damage(self._checkpoint):
             return look_up(checkpointer.restore(self._checkpoint, args=arguments), Tensor(path, (), (), ()))
+
+    def read_all(self) -> Any:
+        """The whole tree, as numpy arrays: for one that is small."""
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree)
+        with ocp.PyTreeCheckpointer() as checkpointer, told_of_damage(self._checkpoint):
+            return checkpointer.restore(self._checkpoint, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
     def problems(self) -> list[str]:
         """See Source."""

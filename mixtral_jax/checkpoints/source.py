@@ -15,12 +15,15 @@ from mixtral_jax.checkpoints.archive import FLOATS, Archive
 from mixtral_jax.checkpoints.tensor_names import LAYOUTS, Layout, Stored, file_shape, from_file
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import InputError
+from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.tensors import Tensor, tensors
+from mixtral_jax.quantization import Bits, bits_of, quantize
+from mixtral_jax.quantization import nbytes as quantized_nbytes
 from mixtral_jax.text.files import find_tokenizer, load_tokenizer
 from mixtral_jax.text.tokenizer import Tokenizer
 
 Announced = list[tuple[Tensor, np.dtype]]
-"""Tensors that are going to be written, and the type of each."""
+"""Tensors that are going to be written, and the type of each; int8 and int4 with their scales."""
 
 
 class Source(abc.ABC):
@@ -59,6 +62,15 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def read(self, tensor: Tensor) -> np.ndarray:
         """The tensor in our layout. Raises InputError naming the file where it is damaged."""
+
+    @property
+    def bits(self) -> Bits | None:
+        """What the matrices are stored in by our own way of rounding (quantization.py), which only our format does."""
+        return None
+
+    def read_quantized(self, tensor: Tensor, bits: Bits) -> Quantized:
+        """A tensor in so many bits, on the host: as it is stored where `self.bits` are those, else rounded."""
+        return quantize(self.read(tensor), tensor, bits)
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that came with it, or None. Raises InputError where it is damaged."""
@@ -152,9 +164,22 @@ def misfits(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[in
     return _grouped(missing) + _grouped(unknown) + _grouped(shapes)
 
 
+def bits_for(source: Source, wanted: Bits | None) -> Bits | None:
+    """The bits to hold a source's matrices in: those that are wanted, else those that they are stored in.
+
+    Raises:
+      InputError: they are stored in others, and what was rounded once is not rounded again.
+    """
+    if None not in (wanted, source.bits) and wanted != source.bits:
+        why = f"{source.path} has its matrices in {source.bits} already; take the model that it was made of"
+        raise InputError("quantize", wanted, why)
+    return wanted or source.bits
+
+
 def nbytes(tensor: Tensor, dtype: np.dtype) -> int:
     """The bytes of a tensor in a type."""
-    return math.prod(tensor.shape) * dtype.itemsize
+    bits = bits_of(dtype)
+    return math.prod(tensor.shape) * dtype.itemsize if bits is None else quantized_nbytes(tensor, bits)
 
 
 def runs(announced: Announced, most: int) -> Iterator[Announced]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mixtral_jax.checkpoints.archive import WHOLE, Part
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import InputError
 from mixtral_jax.model.tensors import Tensor, tensors
 
 _BLOCK = 16
@@ -121,6 +122,8 @@ _GGUF_APART = _GGUF | {
 def _layout(config: ModelConfig, names: Mapping[str, str], interleaved: bool = False) -> Layout:
     """A tensor of its own for each; where a name says no expert, one for all experts of a layer."""
     experts = config.moe.num_experts if config.moe else 1
+    if config.moe and config.moe.selection_bias:
+        raise InputError("model.moe.selection_bias", True, "no published format has a place for it; ours does: native")
     layout = {}
     for tensor in tensors(config):
         name = names[tensor.kind]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mixtral_jax.cli import platform
+from mixtral_jax.cli import meshes, platform
 from mixtral_jax.cli.progress import print_notes
 from mixtral_jax.errors import InputError
 
@@ -32,8 +32,10 @@ def chat(
         Literal["v1", "v2", "v3", "template"] | None,
         typer.Option("--format", help="How conversations are written. Default: as the tokenizer's model was trained."),
     ] = None,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    dtype: platform.Dtype = "auto",
     quantize: platform.Quantize = None,
+    cache_dtype: platform.CacheDtype = None,
+    mesh: meshes.Mesh = None,
     device: platform.Device = None,
 ) -> None:
     """Talk to a model."""
@@ -46,7 +48,12 @@ def chat(
     source = open_source(model)
     print_notes(source.notes)
     conversation = Conversation(
-        from_source(source, dtype, quantize=quantize), system, sampling, max_new_tokens, seed, format_
+        from_source(source, dtype, meshes.decoding_mesh(mesh), quantize, cache_dtype),
+        system,
+        sampling,
+        max_new_tokens,
+        seed,
+        format_,
     )
     typer.echo(HELP)
     while (line := _ask()) is not None:

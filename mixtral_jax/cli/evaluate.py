@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from mixtral_jax.cli import platform
+from mixtral_jax.cli import meshes, platform
 from mixtral_jax.cli.progress import print_notes
 from mixtral_jax.errors import InputError
 
@@ -27,8 +27,10 @@ def evaluate(
     include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own.")] = None,
     allow_code: Annotated[bool, typer.Option(help="Run what the model writes, as HumanEval does.")] = False,
     output: Annotated[Path | None, typer.Option(help="A file for all that the harness reports, as JSON.")] = None,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    dtype: platform.Dtype = "auto",
     quantize: platform.Quantize = None,
+    cache_dtype: platform.CacheDtype = None,
+    mesh: meshes.Mesh = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
     device: platform.Device = None,
 ) -> None:
@@ -45,7 +47,9 @@ def evaluate(
     source = open_source(model)
     print_notes(source.notes)
     length = max_length or min(4096, source.config.max_position)
-    wrapped = harness.HarnessModel(from_source(source, dtype, quantize=quantize), batch_size, length)
+    wrapped = harness.HarnessModel(
+        from_source(source, dtype, meshes.decoding_mesh(mesh), quantize, cache_dtype), batch_size, length
+    )
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     results = harness.evaluate(wrapped, names, num_fewshot, limit, include, allow_code)
     if output is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from mixtral_jax.cli import platform
+from mixtral_jax.cli import meshes, platform
 from mixtral_jax.cli.progress import print_notes
 
 
@@ -22,8 +22,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="Decides what is drawn.")] = 0,
     stop: Annotated[list[str], typer.Option(help="A string that ends the text.")] = [],  # noqa: B006
     stop_at_eos: Annotated[bool, typer.Option(help="Whether the end-of-text token ends it.")] = True,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    dtype: platform.Dtype = "auto",
     quantize: platform.Quantize = None,
+    cache_dtype: platform.CacheDtype = None,
+    mesh: meshes.Mesh = None,
     device: platform.Device = None,
 ) -> None:
     """Continue a prompt; prints the prompt and what follows as it comes."""
@@ -37,7 +39,7 @@ def generate(
     )
     source = open_source(model)
     print_notes(source.notes)
-    loaded = from_source(source, dtype, quantize=quantize)
+    loaded = from_source(source, dtype, meshes.decoding_mesh(mesh), quantize, cache_dtype)
     typer.echo(prompt, nl=False)
     shown = 0
     for (text,) in loaded.stream([prompt], max_new_tokens, sampling, seed, stop, stop_at_eos):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mixtral_jax.cli.progress import bar
-from mixtral_jax.config import ModelConfig, model_config, to_table
 
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
+if TYPE_CHECKING:
+    from mixtral_jax.config import ModelConfig
+    from mixtral_jax.quantization import Bits
+
+_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def inspect(
@@ -25,6 +29,7 @@ def inspect(
 ) -> None:
     """Show which release a model is, its parameters and memory, and everything that is off."""
     from mixtral_jax.checkpoints import doctor
+    from mixtral_jax.config import model_config
 
     report: dict[str, Any] = {}
     if not Path(model).is_dir() and _is_config(model):
@@ -54,25 +59,38 @@ def _is_config(model: str) -> bool:
 
 def describe(config: ModelConfig, batch: int, length: int) -> dict:
     """The numbers as a table for JSON; sizes in bytes."""
+    from mixtral_jax.config import to_table
     from mixtral_jax.model.cache import num_slots
     from mixtral_jax.model.transformer import count_parameters
 
     total, active = count_parameters(config)
     slots = num_slots(config, length)
-    values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    heads = 2 * config.num_layers * config.num_kv_heads
+    # In int8 with a float32 scale for each token and head.
+    a_token = {dtype: heads * config.head_dim * size for dtype, size in _BYTES.items()}
+    a_token["int8"] = heads * (config.head_dim + 4)
     return {
         "config": to_table(config),
         "parameters": total,
         "active_parameters": active,
-        "weight_bytes": {dtype: int(total * size) for dtype, size in _BYTES.items()},
+        "weight_bytes": {dtype: total * size for dtype, size in _BYTES.items()}
+        | {"int8": _quantized_bytes(config, "int8"), "int4": _quantized_bytes(config, "int4")},
         "cache": {
             "batch": batch,
             "length": length,
             "slots": slots,
-            "bytes_a_token": {dtype: int(values * _BYTES[dtype]) for dtype in ("float32", "bfloat16")},
-            "bytes": {dtype: int(batch * slots * values * _BYTES[dtype]) for dtype in ("float32", "bfloat16")},
+            "bytes_a_token": a_token,
+            "bytes": {dtype: batch * slots * size for dtype, size in a_token.items()},
         },
     }
+
+
+def _quantized_bytes(config: ModelConfig, bits: Bits) -> int:
+    """The matrices with their scales, and what is not quantised in bfloat16."""
+    from mixtral_jax.model.tensors import tensors
+    from mixtral_jax.quantization import is_quantized, nbytes
+
+    return sum(nbytes(each, bits) if is_quantized(each) else 2 * math.prod(each.shape) for each in tensors(config))
 
 
 def _print(report: dict) -> None:
@@ -91,10 +109,12 @@ def _print(report: dict) -> None:
     console.print(f"\n{report['parameters']:,} parameters, {report['active_parameters']:,} active a token\n")
     cache = report["cache"]
     texts = f"{cache['batch']} x {cache['length']}"
-    memory = Table("dtype", "weights GB", f"cache GB, {texts} tokens", "together GB", box=None)
+    columns = "weights GB", f"cache GB, {texts} tokens", "together GB", "with an int8 cache"
+    memory = Table("dtype", *columns, box=None)
     for dtype, size in report["weight_bytes"].items():
-        of_cache = cache["bytes"].get(dtype, cache["bytes"]["bfloat16"])  # short weights have a bfloat16 cache
-        memory.add_row(dtype, *(f"{value / 1e9:.3f}" for value in (size, of_cache, size + of_cache)))
+        of_cache = cache["bytes"]["float32" if dtype == "float32" else "bfloat16"]
+        sums = size, of_cache, size + of_cache, size + cache["bytes"]["int8"]
+        memory.add_row(dtype, *(f"{value / 1e9:.3f}" for value in sums))
     console.print(memory)
     console.print(f"the cache holds {cache['slots']} tokens a text, {cache['bytes_a_token']['bfloat16']:,} bytes each")
     for note in report.get("notes", []):

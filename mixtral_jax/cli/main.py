@@ -7,6 +7,7 @@ import sys
 import typer
 
 from mixtral_jax.cli import (
+    bench,
     chat,
     convert,
     evaluate,
@@ -15,6 +16,7 @@ from mixtral_jax.cli import (
     perplexity,
     plan,
     report,
+    serve,
     tokenizer,
     train,
     upcycle,
@@ -32,13 +34,15 @@ app = typer.Typer(
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(convert.convert)
 app.command()(upcycle.upcycle)
 app.command()(inspect.inspect)
 app.command()(plan.plan)
 app.command()(perplexity.perplexity)
 app.command(name="eval")(evaluate.evaluate)
-app.command()(report.report)
+app.add_typer(report.app, name="report")
+app.add_typer(bench.app, name="bench")
 app.add_typer(tokenizer.app, name="tokenizer")
 
 

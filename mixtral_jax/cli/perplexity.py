@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from mixtral_jax.cli import platform
+from mixtral_jax.cli import meshes, platform
 from mixtral_jax.cli.progress import bar, print_notes
 from mixtral_jax.errors import InputError
 
@@ -18,8 +18,10 @@ def perplexity(
     file: Annotated[Path, typer.Argument(help="A text in UTF-8.")],
     window: Annotated[int | None, typer.Option(help="Tokens read at a time. Default: 2048, or the model's.")] = None,
     stride: Annotated[int | None, typer.Option(help="From one window to the next. Default: half a window.")] = None,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    dtype: platform.Dtype = "auto",
     quantize: platform.Quantize = None,
+    cache_dtype: platform.CacheDtype = None,
+    mesh: meshes.Mesh = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
     device: platform.Device = None,
 ) -> None:
@@ -33,7 +35,7 @@ def perplexity(
     source = open_source(model)
     print_notes(source.notes)
     size = window or min(DEFAULT_WINDOW, source.config.max_position)
-    loaded = from_source(source, dtype, quantize=quantize)
+    loaded = from_source(source, dtype, meshes.decoding_mesh(mesh), quantize, cache_dtype)
     with bar("scoring") as progress:
         found = loaded.perplexity(text, size, stride or size // 2, progress)
     if as_json:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mixtral_jax.cli import platform
+from mixtral_jax.cli.meshes import parse_mesh
 from mixtral_jax.errors import InputError
 
 if TYPE_CHECKING:
     from mixtral_jax.planning.job import Job
     from mixtral_jax.planning.search import Wanted
     from mixtral_jax.planning.topology import Topology
-    from mixtral_jax.sharding.mesh import MeshConfig
 
 DOES_NOT_FIT = 2
 _LENGTH = {False: 4096, True: 8192}
@@ -45,6 +46,8 @@ def plan(
     attention_chunk: Annotated[int | None, typer.Option(help="Queries that attention takes at a time.")] = None,
     window: Annotated[str | None, typer.Option(help="The sliding window, or none. Default: the model's.")] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Prefill and decode instead of a step of training.")] = False,
+    quantize: platform.Quantize = None,
+    cache_dtype: platform.CacheDtype = None,
     search: Annotated[bool, typer.Option("--search", help="Rank meshes, batches, remat and dispatch.")] = False,
     compile_: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile it. Default: for a TPU, without --search.")
@@ -60,7 +63,7 @@ def plan(
 
     if pod is not None:
         given = [topology, mesh, batch_per_chip, sequence, capacity_factor, attention_chunk, remat, window]
-        given += [serve, dropless, search]
+        given += [serve, dropless, search, quantize, cache_dtype]
         if any(given):
             raise InputError("pod", pod, "says the machine and the plan itself; leave those flags out")
         found = find(pod)
@@ -72,11 +75,15 @@ def plan(
         raise InputError("--topology", None, f"is needed, {machines.EXAMPLES}")
     if dropless and capacity_factor is not None:
         raise InputError("--dropless", True, "has no --capacity-factor")
+    for flag, value in (("--quantize", quantize), ("--cache-dtype", cache_dtype)):
+        if value is not None and not serve:
+            raise InputError(flag, value, "is for --serve; training has float32 weights and no cache")
     machine = machines.topology(topology)
     wanted = _wanted(model, machine, mesh, batch_per_chip, sequence, remat, window, serve)
     if attention_chunk is not None and attention_chunk < 1:
         raise InputError("--attention-chunk", attention_chunk, "a number of queries above zero")
     wanted = replace(wanted, dispatch=_dispatch(capacity_factor, dropless), attention_chunk=attention_chunk)
+    wanted = replace(wanted, quantize=quantize, cache_dtype=cache_dtype)
     ranked = [] if machine.chip is None or not (search or _is_open(wanted)) else _search(wanted, machine)
     if search:
         compile_ = bool(compile_)
@@ -124,29 +131,6 @@ def _wanted(
     return Wanted(config, length, serve, axes, batch_per_chip, remat)
 
 
-def parse_mesh(text: str) -> MeshConfig:
-    """The mesh of `expert=8,fsdp=8`; `data` takes what is left, unless it is given.
-
-    Raises:
-      InputError: an unknown axis, or a size that is no number.
-    """
-    from mixtral_jax.errors import nearest
-    from mixtral_jax.sharding.axes import MESH_AXES
-    from mixtral_jax.sharding.mesh import MeshConfig
-
-    sizes: dict[str, int] = {}
-    for each in text.split(","):
-        axis, _, size = (part.strip() for part in each.partition("="))
-        if axis not in MESH_AXES:
-            raise InputError("--mesh", axis, f"{nearest(axis, MESH_AXES)}the axes are {', '.join(MESH_AXES)}")
-        if not size.lstrip("-").isdigit():
-            raise InputError("--mesh", each, "written as axis=size, such as expert=8,fsdp=8")
-        if axis in sizes:
-            raise InputError("--mesh", text, f"{axis} stands there twice")
-        sizes[axis] = int(size)
-    return MeshConfig(**sizes)
-
-
 def _dispatch(capacity_factor: float | None, dropless: bool) -> Any:
     from mixtral_jax.config import Dispatch
 
@@ -176,9 +160,10 @@ def _asked(wanted: Wanted, machine: Topology) -> Job:
         return smallest(wanted, machine)
     chunk = wanted.attention_chunk or EXECUTION.attention_chunk
     chosen = replace(EXECUTION, remat=wanted.remat or "full", attention_chunk=chunk)  # type: ignore[arg-type]
-    execution = EXECUTION if wanted.serve else chosen
+    execution = replace(EXECUTION, cache_dtype=wanted.cache_dtype) if wanted.serve else chosen
     dispatch = wanted.dispatch or Dispatch()
     job = Job(wanted.model, wanted.mesh, 1, wanted.length, execution, dispatch, serve=wanted.serve)
+    job = replace(job, quantize=wanted.quantize)
     if wanted.batch_per_chip is None:
         return check(replace(job, rows=1 if wanted.serve else job.copies))
     return check(replace(job, rows=rows_of(job, wanted.batch_per_chip)))

@@ -21,6 +21,16 @@ Quantize: TypeAlias = Annotated[
     Literal["int8", "int4"] | None, typer.Option(help="Round the layers' matrices to so many bits as they are read.")
 ]
 
+Dtype: TypeAlias = Annotated[
+    Literal["auto", "bfloat16", "float32"],
+    typer.Option(help="Of the weights and products. auto: bfloat16 where the device multiplies it fast, else float32."),
+]
+
+CacheDtype: TypeAlias = Annotated[
+    Literal["float32", "bfloat16", "int8"] | None,
+    typer.Option(help="Of the keys and values that are kept. Default: --dtype; int8 takes half of bfloat16."),
+]
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 

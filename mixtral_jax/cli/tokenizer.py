@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mixtral_jax.errors import InputError
-from mixtral_jax.text.tokenizer import Tokenizer
-from mixtral_jax.text.training import train_tokenizer
-from mixtral_jax.train.corpus import DOCUMENT_BYTES, SourceFile, find_files, read_documents
+
+if TYPE_CHECKING:
+    from mixtral_jax.text.tokenizer import Tokenizer
+    from mixtral_jax.train.corpus import SourceFile
 
 app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
 
@@ -28,6 +29,8 @@ def train(
     text_field: Annotated[str, typer.Option(help="The field of a .jsonl line that holds the text.")] = "text",
 ) -> None:
     """Train a byte-pair tokenizer in Mistral's layout that loses no character of any text."""
+    from mixtral_jax.train.corpus import find_files
+
     found = find_files(files, key="FILES")
     trained = _train(found, vocab_size, out, text_field)
     print(f"learnt from {len(found)} file{'s' * (len(found) != 1)}")
@@ -35,6 +38,9 @@ def train(
 
 
 def _train(files: list[SourceFile], vocab_size: int, out: Path, text_field: str) -> Tokenizer:
+    from mixtral_jax.text.training import train_tokenizer
+    from mixtral_jax.train.corpus import DOCUMENT_BYTES, read_documents
+
     try:
         return train_tokenizer(read_documents(files, text_field, DOCUMENT_BYTES), vocab_size, out)
     except InputError as error:

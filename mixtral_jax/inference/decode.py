@@ -33,6 +33,7 @@ def forward(
     config: ModelConfig,
     execution: Execution,
     fresh: bool = False,
+    row_B: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """The last layer's normalised output [B, T, D] for a chunk of tokens, and the cache with them in it.
 
@@ -40,13 +41,14 @@ def forward(
       tokens_BT: int32.
       real_BT: bool; each row's real tokens come first, the rest is padding.
       cache: what came before; None: nothing did, and nothing is kept.
-      fresh: whether the cache is known to be empty.
+      fresh: whether the texts begin here; see `view`.
+      row_B: int32, the cache's row of each of these; see `view`.
     """
     if cache is None:
         position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         window_view = None
     else:
-        window_view, cache, position_BT = view(cache, real_BT, config.sliding_window, fresh)
+        window_view, cache, position_BT = view(cache, real_BT, config.sliding_window, fresh, row_B)
     angles = rotation(position_BT, config.head_dim, config.rope_theta)
     context = Context(angles, real_BT, view=window_view)
     x_BTD = weights.embedding_VD[tokens_BT].astype(execution.activation_dtype)

@@ -58,7 +58,7 @@ def start(
     check_prompts(prompts, max_new_tokens, config)
     longest = max(len(prompt) for prompt in prompts)
     slots = num_slots(config, bucket(longest + max_new_tokens))
-    cache = _laid_out(empty_cache(config, len(prompts), slots, execution.product_dtype))
+    cache = _laid_out(empty_cache(config, len(prompts), slots, execution.kept_dtype))
     last_BD = jnp.zeros((len(prompts), config.dim), execution.activation_dtype)
     for begin in range(0, longest, prefill_chunk):
         size = min(prefill_chunk, bucket(longest - begin))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,6 +13,8 @@ import jax.numpy as jnp
 from mixtral_jax.errors import InputError
 
 _OUT = -jnp.inf
+_BLOCK = 32
+"""Logits that are compared together on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +103,61 @@ def sample(logits_BV: jax.Array, key_B: jax.Array, seen_BV: jax.Array | None, fo
     return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
 
 
+def choose(logits_BV: jax.Array, key_B: jax.Array, seen_BV: jax.Array, values: Values) -> jax.Array:
+    """The next token of each row by its own numbers, int32 [B]; what `sample` gives for each by itself.
+
+    What no row asks for is not computed.
+
+    Args:
+      logits_BV: float32.
+      key_B: a random key for each row.
+      seen_BV: bool, the tokens of the text so far.
+      values: each [B, 1].
+    """
+    is_drawn_B1 = values.temperature > 0
+    is_filtered_B1 = (values.top_k > 0) | (values.top_p < 1) | (values.min_p > 0)
+    is_penalised = jnp.any(values.repetition_penalty != 1)
+    logits_BV = jax.lax.cond(
+        is_penalised, lambda x_BV: penalise(x_BV, seen_BV, values.repetition_penalty), lambda x_BV: x_BV, logits_BV
+    )
+
+    def draw(logits_BV: jax.Array) -> jax.Array:
+        warm_BV = logits_BV / jnp.where(is_drawn_B1, values.temperature, 1)
+        # A row without filters keeps all: top_p = 1 would cut off what rounding leaves above a sum of 1.
+        warm_BV = jax.lax.cond(
+            jnp.any(is_drawn_B1 & is_filtered_B1),
+            lambda x_BV: jnp.where(is_filtered_B1, keep_likely(x_BV, values), x_BV),
+            lambda x_BV: x_BV,
+            warm_BV,
+        )
+        drawn_B = jax.vmap(jax.random.categorical)(key_B, warm_BV).astype(jnp.int32)
+        return jnp.where(is_drawn_B1[:, 0], drawn_B, greedy(logits_BV))
+
+    return jax.lax.cond(jnp.any(is_drawn_B1), draw, greedy, logits_BV)
+
+
 def greedy(logits_BV: jax.Array) -> jax.Array:
     """The likeliest token, int32 [B]; ties go to the lowest id."""
-    # Two plain reductions: argmax, which carries two values, is not vectorised on CPU.
-    best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    token_1V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)[None]
-    return jnp.min(jnp.where(logits_BV == best_B1, token_1V, logits_BV.shape[-1] - 1), axis=-1)
+    width = math.gcd(logits_BV.shape[-1], _BLOCK)
+    token_B: jax.Array = jax.lax.platform_dependent(
+        logits_BV, cpu=partial(_first_in_blocks, width), default=_first_best
+    )
+    return token_B
+
+
+def _first_best(x_BV: jax.Array) -> jax.Array:
+    """argmax, int32 [B]: as two plain reductions, since one that carries two values is not vectorised on CPU."""
+    best_B1 = jnp.max(x_BV, axis=-1, keepdims=True)
+    index_1V = jnp.arange(x_BV.shape[-1], dtype=jnp.int32)[None]
+    return jnp.min(jnp.where(x_BV == best_B1, index_1V, x_BV.shape[-1] - 1), axis=-1)
+
+
+def _first_in_blocks(width: int, x_BV: jax.Array) -> jax.Array:
+    """`_first_best` of each row's best block of so many: reads x once, which takes a quarter of the time."""
+    x_BNW = x_BV.reshape(x_BV.shape[0], -1, width)
+    block_B = _first_best(jnp.max(x_BNW, axis=-1))
+    best_BW = jnp.take_along_axis(x_BNW, block_B[:, None, None], axis=1)[:, 0]
+    return block_B * width + _first_best(best_BW)
 
 
 def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:

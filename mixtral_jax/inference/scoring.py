@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.inference.decode import forward, unembed
 from mixtral_jax.inference.weights import Prepared
+from mixtral_jax.model.cache import empty_cache, num_slots
 
 _CHUNK = 128
 """Tokens whose logits are in memory at a time."""
@@ -34,9 +35,12 @@ def score(
     Args:
       tokens_BT: int32.
       real_BT: bool; each row's real tokens come first, the rest is padding.
+      execution: with a `cache_dtype`, tokens see keys and values as such a cache would keep them.
     """
-    length = tokens_BT.shape[1]
-    hidden_BTD, _ = forward(weights, tokens_BT, real_BT, None, config, execution)
+    batch, length = tokens_BT.shape
+    kept = execution.cache_dtype
+    cache = None if kept is None else empty_cache(config, batch, num_slots(config, length), kept)
+    hidden_BTD, _ = forward(weights, tokens_BT, real_BT, cache, config, execution, fresh=True)
     chunk = min(_CHUNK, length)
     pad = -length % chunk
     next_BT = jnp.pad(jnp.roll(tokens_BT, -1, axis=1), ((0, 0), (0, pad)))

@@ -19,14 +19,12 @@ from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.tensors import Tensor, assign, look_up, tensors
-from mixtral_jax.quantization import Bits, is_quantized, quantize, scale_shape
+from mixtral_jax.quantization import FLOAT32, Bits, is_quantized, quantize, scale_shape
 from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.partition import check_divisible, place
 from mixtral_jax.sharding.rules import DECODING
 
 _EXPERT_WEIGHTS = ("gate", "up", "down")
-_FLOAT32 = ("scale", "router")
-"""Never in a shorter form: they are small, and decide by small differences."""
 
 
 class Prepared(NamedTuple):
@@ -56,7 +54,7 @@ def assemble(
     """The prepared form from single tensors, read and put on the devices one after another.
 
     Args:
-      read: gives a tensor in our layout, in any float dtype.
+      read: gives a tensor in our layout, in any float dtype, or in the bits that are asked for.
       mesh: where to put them, as DECODING says; None: on the default device.
       quantize_to: the bits of the layers' matrices and of the unembedding; None: the dtype of products.
 
@@ -65,7 +63,7 @@ def assemble(
     """
     if mesh is not None:
         _check_divides(config, mesh, quantize_to)
-    return arrange(config, lambda tensor: _put(np.asarray(read(tensor)), tensor, execution, mesh, quantize_to))
+    return arrange(config, lambda tensor: _put(read(tensor), tensor, execution, mesh, quantize_to))
 
 
 def arrange(config: ModelConfig, leaf_of: Callable[[Tensor], Any]) -> Prepared:
@@ -90,39 +88,40 @@ def arrange(config: ModelConfig, leaf_of: Callable[[Tensor], Any]) -> Prepared:
 
 
 def _put(
-    whole: np.ndarray, tensor: Tensor, execution: Execution, mesh: Mesh | None, quantize_to: Bits | None
+    whole: Any, tensor: Tensor, execution: Execution, mesh: Mesh | None, quantize_to: Bits | None
 ) -> jax.Array | Quantized:
     """A tensor on the devices, in the form that is computed with."""
-    if quantize_to is not None and is_quantized(tensor):
-        return jax.tree.map(
-            lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), quantize(whole, tensor, quantize_to)
-        )
-    return _on_devices(whole, tensor, mesh, computed_dtype(tensor, execution))
+    if quantize_to is not None and is_quantized(tensor) and not isinstance(whole, Quantized):
+        whole = quantize(whole, tensor, quantize_to)
+    if isinstance(whole, Quantized):
+        return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), whole)
+    return _on_devices(np.asarray(whole), tensor, mesh, computed_dtype(tensor, execution))
 
 
 def computed_dtype(tensor: Tensor, execution: Execution) -> jnp.dtype:
     """What a tensor that is not quantised is held in: float32 for norms and routers, else the dtype of products."""
-    return jnp.dtype(jnp.float32 if tensor.path[-1] in _FLOAT32 else execution.product_dtype)
+    return jnp.dtype(jnp.float32 if tensor.path[-1] in FLOAT32 else execution.product_dtype)
 
 
 def _on_devices(array: np.ndarray, tensor: Tensor, mesh: Mesh | None, dtype: DTypeLike) -> jax.Array:
     if mesh is None:
         return jnp.asarray(array.astype(dtype, copy=False))
-    return place(array, _axes(tensor, array.shape), DECODING, mesh, dtype)
+    return place(array, axes(tensor, array.shape), DECODING, mesh, dtype)
 
 
-def _axes(tensor: Tensor, shape: tuple[int, ...]) -> Names:
+def axes(tensor: Tensor, shape: tuple[int, ...]) -> Names:
     """The axes of a tensor, or of its scales, which have nothing to split where they have one value."""
     return tuple(None if size == 1 else name for name, size in zip(tensor.axes, shape, strict=True))
 
 
 def _check_divides(config: ModelConfig, mesh: Mesh, quantize_to: Bits | None) -> None:
-    shapes = {tensor.name: (tensor, tensor.shape) for tensor in tensors(config)}
+    shapes = {tensor.name: (tensor.axes, tensor.shape) for tensor in tensors(config)}
     if quantize_to is not None:
-        scales = {f"{name} (scales)": tensor for name, (tensor, _) in shapes.items() if is_quantized(tensor)}
-        shapes |= {name: (tensor, scale_shape(tensor, quantize_to)) for name, tensor in scales.items()}
+        for tensor in filter(is_quantized, tensors(config)):
+            shape = scale_shape(tensor, quantize_to)
+            shapes[f"{tensor.name} (scales)"] = axes(tensor, shape), shape
     wanted = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (_, shape) in shapes.items()}
-    specs = {name: DECODING.storage(_axes(tensor, shape)) for name, (tensor, shape) in shapes.items()}
+    specs = {name: DECODING.storage(names) for name, (names, _) in shapes.items()}
     check_divisible(wanted, specs, mesh.shape)
 
 

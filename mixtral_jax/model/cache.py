@@ -13,22 +13,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.backends.quantized import Quantized, in_int8
 from mixtral_jax.model.masks import visible
 
 EMPTY = -1
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, in the activation dtype."""
+    """One layer's keys and values, in a float dtype or in int8 with scales [B, R, K, 1]: every leaf is [B, R, ...]."""
 
-    k_BRKH: jax.Array
-    v_BRKH: jax.Array
+    k_BRKH: jax.Array | Quantized
+    v_BRKH: jax.Array | Quantized
 
 
 class Cache(NamedTuple):
@@ -46,7 +48,9 @@ class Cache(NamedTuple):
         return self.position_BR.shape[1]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("slot_BT", "visible_BTS"), meta_fields=("chunk_is_apart",))
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("slot_BT", "visible_BTS", "row_B"), meta_fields=("chunk_is_apart",)
+)
 @dataclass(frozen=True)
 class View:
     """Where a chunk's tokens go and what they see, the same for all layers."""
@@ -57,6 +61,8 @@ class View:
     """bool over the ring, or over the ring and then the chunk; None where the ring was empty: the chunk sees itself."""
     chunk_is_apart: bool
     """Whether to attend to the ring as it was and the chunk beside it, and to store the chunk afterwards."""
+    row_B: jax.Array | None = None
+    """int32, the cache's row of each of the chunk's; None: they are the same."""
 
 
 def num_slots(config: ModelConfig, max_length: int, written_at_once: int = 1) -> int:
@@ -67,60 +73,129 @@ def num_slots(config: ModelConfig, max_length: int, written_at_once: int = 1) ->
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: str) -> Cache:
-    """A cache that holds nothing."""
+    """A cache that holds nothing; in int8 with a scale for each token and head."""
     shape = (batch, slots, config.num_kv_heads, config.head_dim)
-    layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+
+    def empty() -> jax.Array | Quantized:
+        whole = jnp.zeros(shape, dtype)
+        return Quantized(whole, jnp.zeros((*shape[:-1], 1), jnp.float32)) if dtype == "int8" else whole
+
+    layers = tuple(LayerCache(empty(), empty()) for _ in range(config.num_layers))
     return Cache(layers, jnp.full((batch, slots), EMPTY, jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
-def view(cache: Cache, real_BT: jax.Array, window: int | None, fresh: bool = False) -> tuple[View, Cache, jax.Array]:
+def view(
+    cache: Cache, real_BT: jax.Array, window: int | None, fresh: bool = False, row_B: jax.Array | None = None
+) -> tuple[View, Cache, jax.Array]:
     """Finds places for a chunk of tokens, the real ones at the front of each row.
 
     Args:
       real_BT: bool; padding is stored nowhere and seen by nobody.
-      fresh: whether the cache is known to be empty, which spares looking at it.
+      fresh: whether the texts begin here, which spares looking at the cache; what the rows held is forgotten.
+      row_B: int32, the cache's row of each of the chunk's, no row twice; one beyond the last stands for none. None: the
+        chunk has all rows.
 
     Returns:
       The view; the cache with its positions and lengths moved on (its layers are for each layer to replace); and
       int32 [B, T], the tokens' positions, -1 for padding.
     """
     slots, chunk = cache.num_slots, real_BT.shape[1]
+    before_BR, start_B = (_rows(each, row_B) for each in (cache.position_BR, cache.length_B))
+    if fresh:
+        before_BR, start_B = jnp.full_like(before_BR, EMPTY), jnp.zeros_like(start_B)
     count_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
-    position_BT = jnp.where(real_BT, cache.length_B[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None], EMPTY)
-    length_B = cache.length_B + count_B
+    position_BT = jnp.where(real_BT, start_B[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None], EMPTY)
+    end_B = start_B + count_B
     # Of tokens that share a slot the last one stays, so the earlier are not written at all.
-    stays_BT = real_BT & (position_BT >= length_B[:, None] - slots)
+    stays_BT = real_BT & (position_BT >= end_B[:, None] - slots)
     slot_BT = jnp.where(stays_BT, position_BT % slots, slots)
     row_B1 = jnp.arange(real_BT.shape[0])[:, None]
-    position_BR = cache.position_BR.at[row_B1, slot_BT].set(position_BT, mode="drop")
+    after_BR = before_BR.at[row_B1, slot_BT].set(position_BT, mode="drop")
+    if row_B is None:
+        after = Cache(cache.layers, after_BR, end_B)
+    else:
+        position_BR = cache.position_BR.at[row_B].set(after_BR, mode="drop")
+        after = Cache(cache.layers, position_BR, cache.length_B.at[row_B].set(end_B, mode="drop"))
     if fresh:
-        return View(slot_BT, None, False), Cache(cache.layers, position_BR, length_B), position_BT
+        return View(slot_BT, None, False, row_B), after, position_BT
     # Without a window the ring is as long as the text, so nothing that is still seen is overwritten.
     apart = window is not None and chunk > 1 and window + chunk - 1 > slots
-    seen_BS = jnp.concatenate([cache.position_BR, position_BT], axis=1) if apart else position_BR
-    seen_BTS = visible(position_BT, seen_BS, window)
-    return View(slot_BT, seen_BTS, apart), Cache(cache.layers, position_BR, length_B), position_BT
+    seen_BS = jnp.concatenate([before_BR, position_BT], axis=1) if apart else after_BR
+    return View(slot_BT, visible(position_BT, seen_BS, window), apart, row_B), after, position_BT
+
+
+def _rows(array: jax.Array, row_B: jax.Array | None) -> jax.Array:
+    return array if row_B is None else array.at[row_B].get(mode="clip")
+
+
+def rewind(cache: Cache, length_B: jax.Array) -> Cache:
+    """The cache as if each row had ended at a length, no more than D - 1 tokens back; see `num_slots`.
+
+    What is forgotten has overwritten only what no later token sees. With W = 3, R = 4 and so D = 2: after token 5 the
+    ring holds 2..5; token 4, once 5 is forgotten, goes on to see 3 and 4, and so does its successor.
+    """
+    stays_BR = cache.position_BR < length_B[:, None]
+    return Cache(cache.layers, jnp.where(stays_BR, cache.position_BR, EMPTY), length_B)
 
 
 def store(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slot_BT: jax.Array) -> LayerCache:
     """The layer's cache with the chunk's keys and values in their slots."""
-    row_B1 = jnp.arange(slot_BT.shape[0])[:, None]
-    return LayerCache(
-        layer.k_BRKH.at[row_B1, slot_BT].set(k_BTKH.astype(layer.k_BRKH.dtype), mode="drop"),
-        layer.v_BRKH.at[row_B1, slot_BT].set(v_BTKH.astype(layer.v_BRKH.dtype), mode="drop"),
+    return _write(layer, _in_form(layer, k_BTKH, v_BTKH), View(slot_BT, None, False))
+
+
+def _in_form(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array) -> LayerCache:
+    """A chunk's keys and values as the cache holds them."""
+    if isinstance(layer.k_BRKH, Quantized):
+        return LayerCache(in_int8(k_BTKH), in_int8(v_BTKH))
+    return LayerCache(k_BTKH.astype(layer.k_BRKH.dtype), v_BTKH.astype(layer.k_BRKH.dtype))
+
+
+def _write(layer: LayerCache, chunk: LayerCache, view: View) -> LayerCache:
+    row_B = jnp.arange(view.slot_BT.shape[0]) if view.row_B is None else view.row_B
+
+    def write(ring: jax.Array, new: jax.Array) -> jax.Array:
+        if ring.shape[-1] == 1 and view.row_B is None:
+            return _select(ring, new, view.slot_BT)
+        if ring.dtype == jnp.int8:
+            # Told of whole tokens, TPUs lay the ring out by them, and pad a few heads in a second one.
+            head_K = jnp.arange(ring.shape[2])
+            return ring.at[row_B[:, None, None], view.slot_BT[..., None], head_K].set(new, mode="drop")
+        return ring.at[row_B[:, None], view.slot_BT].set(new, mode="drop")
+
+    return jax.tree.map(write, layer, chunk)
+
+
+def _select(ring_BRK1: jax.Array, new_BTK1: jax.Array, slot_BT: jax.Array) -> jax.Array:
+    """Writes scales without a scatter, for which TPUs lay them out by heads, and pad a few heads to 128."""
+    batch, slots = ring_BRK1.shape[:2]
+    chunk = slot_BT.shape[1]
+    if chunk == 1:
+        hit_BR, picked = slot_BT == jnp.arange(slots)[None], new_BTK1
+    else:
+        empty_BR = jnp.full((batch, slots), -1)
+        at_BR = empty_BR.at[jnp.arange(batch)[:, None], slot_BT].set(jnp.arange(chunk)[None], mode="drop")
+        hit_BR, picked = at_BR >= 0, jnp.take_along_axis(new_BTK1, jnp.maximum(at_BR, 0)[..., None, None], axis=1)
+    # Fused into the product that reads them, they have made the compiler run out of its scratch memory.
+    return jax.lax.optimization_barrier(jnp.where(hit_BR[..., None, None], picked, ring_BRK1))
+
+
+def advance(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, view: View) -> tuple[LayerCache, Any, Any]:
+    """Stores a chunk, and gives the keys and values [B, S, K, H] that `view.visible_BTS` speaks of.
+
+    Where the ring was empty, these are arrays; else they have the cache's form. Either way a token sees keys and values
+    as they are kept, its own too, so that it makes no difference how a text was divided into chunks.
+    """
+    chunk = _in_form(layer, k_BTKH, v_BTKH)
+    stored = _write(layer, chunk, view)
+    if view.visible_BTS is None:
+        return stored, _as_array(chunk.k_BRKH, k_BTKH.dtype), _as_array(chunk.v_BRKH, v_BTKH.dtype)
+    if not view.chunk_is_apart:
+        return stored, *jax.tree.map(lambda ring: _rows(ring, view.row_B), stored)
+    # Storing first would lose the keys that the chunk's early tokens still see.
+    return stored, *jax.tree.map(
+        lambda ring, new: jnp.concatenate([_rows(ring, view.row_B), new], axis=1), layer, chunk
     )
 
 
-def advance(
-    layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, view: View
-) -> tuple[LayerCache, jax.Array, jax.Array]:
-    """Stores a chunk, and gives the keys and values [B, S, K, H] that `view.visible_BTS` speaks of."""
-    stored = store(layer, k_BTKH, v_BTKH, view.slot_BT)
-    if view.visible_BTS is None:
-        return stored, k_BTKH, v_BTKH
-    if not view.chunk_is_apart:
-        return stored, stored.k_BRKH, stored.v_BRKH
-    # Storing first would lose the keys that the chunk's early tokens still see.
-    keys = jnp.concatenate([layer.k_BRKH, k_BTKH.astype(layer.k_BRKH.dtype)], axis=1)
-    values = jnp.concatenate([layer.v_BRKH, v_BTKH.astype(layer.v_BRKH.dtype)], axis=1)
-    return stored, keys, values
+def _as_array(kept: jax.Array | Quantized, dtype: DTypeLike) -> jax.Array:
+    return kept.dequantized(dtype) if isinstance(kept, Quantized) else kept.astype(dtype)

@@ -37,13 +37,20 @@ def capacity(dispatch: Dispatch, tokens: int, experts_per_token: int, num_expert
     return min(tokens, math.ceil(dispatch.capacity_factor * balanced - 1e-9))
 
 
-def ranks(expert_GTA: jax.Array, mask_GT: jax.Array, num_experts: int, priority: str) -> tuple[jax.Array, jax.Array]:
+def ranks(
+    expert_GTA: jax.Array,
+    mask_GT: jax.Array,
+    num_experts: int,
+    priority: str,
+    gate_GTA: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Each choice's place in its expert's queue within the group, from 0, and how many wait in each queue.
 
     Args:
       expert_GTA: int32, distinct in the last axis.
       mask_GT: bool; tokens that are not real stand in no queue.
-      priority: `position` or `choice`, see Dispatch.
+      priority: `position`, `choice` or `probability`, see Dispatch.
+      gate_GTA: float32, what `probability` goes by.
 
     Returns:
       int32 [G, T, A] and int32 [G, E].
@@ -53,8 +60,14 @@ def ranks(expert_GTA: jax.Array, mask_GT: jax.Array, num_experts: int, priority:
     if priority == "choice":
         wanted_GTAE = jnp.swapaxes(wanted_GTAE, 1, 2)
     queue_GXE = wanted_GTAE.reshape(num_groups, length * choices, num_experts)
+    if priority == "probability":
+        assert gate_GTA is not None
+        order_GX = jnp.argsort(-jax.lax.stop_gradient(gate_GTA).reshape(num_groups, -1), axis=1, stable=True)
+        queue_GXE = jnp.take_along_axis(queue_GXE, order_GX[..., None], axis=1)
     before_GXE = jnp.cumsum(queue_GXE, axis=1) - queue_GXE
     rank_GX = jnp.sum(before_GXE * queue_GXE, axis=-1)
+    if priority == "probability":
+        rank_GX = jnp.take_along_axis(rank_GX, jnp.argsort(order_GX, axis=1), axis=1)
     if priority == "choice":
         rank_GTA = jnp.swapaxes(rank_GX.reshape(num_groups, choices, length), 1, 2)
     else:
@@ -62,14 +75,21 @@ def ranks(expert_GTA: jax.Array, mask_GT: jax.Array, num_experts: int, priority:
     return rank_GTA, jnp.sum(queue_GXE, axis=1)
 
 
-def capacity_slots(expert_GTA: jax.Array, mask_GT: jax.Array, num_experts: int, dispatch: Dispatch) -> Slots:
+def capacity_slots(
+    expert_GTA: jax.Array,
+    mask_GT: jax.Array,
+    num_experts: int,
+    dispatch: Dispatch,
+    gate_GTA: jax.Array | None = None,
+) -> Slots:
     """Slots by capacity: E * G * C of them, expert-major.
 
-    A group's limit follows its real tokens, so padding neither takes places nor makes any.
+    A group's limit follows its real tokens, so padding neither takes places nor makes any. The gates are needed where
+    the priority is by probability.
     """
     num_groups, length, choices = expert_GTA.shape
     places = capacity(dispatch, length, choices, num_experts)
-    rank_GTA, _ = ranks(expert_GTA, mask_GT, num_experts, dispatch.priority)
+    rank_GTA, _ = ranks(expert_GTA, mask_GT, num_experts, dispatch.priority, gate_GTA)
     # A table, since the device's float32 would round some limits up, and padding would then make a place.
     limits = jnp.array([capacity(dispatch, real, choices, num_experts) for real in range(length + 1)])
     limit_G = limits[jnp.sum(mask_GT, axis=1)]

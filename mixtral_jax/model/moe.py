@@ -6,6 +6,7 @@ and another brings the results back. Nothing else crosses shards: groups of toke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from mixtral_jax.config import Dispatch, Execution, ModelConfig, MoEConfig
 from mixtral_jax.model import dispatch as moves
 from mixtral_jax.model.backends.by_need import by_need
 from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.balance import RouterTraining
 from mixtral_jax.model.experts import (
     AXES,
     ENTER_AXES,
@@ -32,7 +34,7 @@ from mixtral_jax.model.experts import (
 )
 from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.parameters import stored_weight, weight
-from mixtral_jax.model.routing import Statistics, route, statistics
+from mixtral_jax.model.routing import Routing, Statistics, route, statistics
 from mixtral_jax.sharding.mesh import current_mesh
 from mixtral_jax.sharding.partition import over_parts, over_tokens, split_axes
 from mixtral_jax.sharding.rules import TRAINING, Rules
@@ -77,7 +79,7 @@ def apply_experts(
     else:
         group_size = group_size or length
         groups = expert_BTA.reshape(-1, group_size, choices), mask_BT.reshape(-1, group_size)
-        slots = moves.capacity_slots(*groups, num_experts, dispatch)
+        slots = moves.capacity_slots(*groups, num_experts, dispatch, gate_BTA.reshape(-1, group_size, choices))
         form = Places(execution, rules, num_experts, shards)
     if execution.remat == "full" or isinstance(form, Queue):
         y_ND = mixture(form, x_ND, gate_NA, parts, slots, sizes_E)
@@ -96,6 +98,7 @@ class MoE(nn.Module):
     execution: Execution
     dispatch: Dispatch
     rules: Rules
+    router: RouterTraining = RouterTraining()
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, Statistics]:
@@ -106,16 +109,36 @@ class MoE(nn.Module):
         """
         moe = self.config.moe
         assert moe is not None
-        router_DE = weight(self, "router", (self.config.dim, moe.num_experts), ("embed", None), self.rules)
-        # Each shard its own: the compiler gathers what it is to sort.
-        choose = over_tokens(lambda logits_BTE, _: route(logits_BTE, moe.experts_per_token), {}, self.rules)
-        routing = choose(einsum("BTD,DE->BTE", x_BTD, router_DE, dtype="float32"), {})
+        routing = self._route(moe, x_BTD)
         chosen = routing.expert_BTA, routing.gate_BTA, mask_BT
         if self.has_variable("prepared", "experts"):
             y_BTD, kept_BTA = self._by_need(x_BTD, *chosen)
         else:
             y_BTD, kept_BTA = self._on_mesh(moe, x_BTD.shape[1])(x_BTD, *chosen, self._weights(moe))
-        return y_BTD.astype(x_BTD.dtype), statistics(routing, kept_BTA, mask_BT)
+        shards = self._data_shards() if self.router.balance == "megatron" else 1
+        return y_BTD.astype(x_BTD.dtype), statistics(routing, kept_BTA, mask_BT, self.router.balance, shards)
+
+    def _route(self, moe: MoEConfig, x_BTD: jax.Array) -> Routing:
+        router_DE = weight(self, "router", (self.config.dim, moe.num_experts), ("embed", None), self.rules)
+        biases = {}
+        if moe.selection_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+            biases["bias_E"] = self.param("bias", zeros, (moe.num_experts,), jnp.float32)
+        if self.router.jitter and self.has_rng("jitter"):
+            least, most = 1 - self.router.jitter, 1 + self.router.jitter
+            x_BTD = x_BTD * jax.random.uniform(self.make_rng("jitter"), x_BTD.shape, jnp.float32, least, most)
+
+        def choose(logits_BTE: jax.Array, biases: dict[str, jax.Array]) -> Routing:
+            return route(logits_BTE, moe.experts_per_token, **biases)
+
+        # Each shard its own: the compiler gathers what it is to sort.
+        on_shards = over_tokens(choose, dict.fromkeys(biases, (None,)), self.rules)
+        return on_shards(einsum("BTD,DE->BTE", x_BTD, router_DE, dtype="float32"), biases)
+
+    def _data_shards(self) -> int:
+        """How many parts the mesh splits the rows into."""
+        mesh = current_mesh()
+        return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in self.rules.mesh_axes("batch"))
 
     def _by_need(
         self, x_BTD: jax.Array, expert_BTA: jax.Array, gate_BTA: jax.Array, mask_BT: jax.Array

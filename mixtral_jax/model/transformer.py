@@ -12,6 +12,7 @@ from flax import linen as nn
 from mixtral_jax.config import Dispatch, Execution, ModelConfig
 from mixtral_jax.model.attention import Attention, Context
 from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.balance import RouterTraining
 from mixtral_jax.model.cache import LayerCache
 from mixtral_jax.model.feed_forward import FeedForward
 from mixtral_jax.model.moe import MoE
@@ -58,6 +59,7 @@ class Block(nn.Module):
     execution: Execution = Execution()
     dispatch: Dispatch = Dispatch()
     rules: Rules = TRAINING
+    router: RouterTraining = RouterTraining()
 
     @nn.compact
     def __call__(
@@ -71,7 +73,7 @@ class Block(nn.Module):
         if config.moe is None:
             y_BTD, routing = FeedForward(config, execution, rules, name="feed_forward")(normalised), None
         else:
-            moe = MoE(config, execution, self.dispatch, rules, name="moe")
+            moe = MoE(config, execution, self.dispatch, rules, self.router, name="moe")
             y_BTD, routing = moe(normalised, context.mask_BT)
         return constrain(x_BTD + y_BTD, ("batch", "length", "activation"), rules), (routing, cache)
 
@@ -84,12 +86,14 @@ class Transformer(nn.Module):
       execution: dtypes, attention and remat.
       dispatch: how tokens reach experts; dropless unless given.
       rules: where axes lie on the current mesh, if there is one.
+      router: what training adds to the routers.
     """
 
     config: ModelConfig
     execution: Execution = Execution()
     dispatch: Dispatch = Dispatch()
     rules: Rules = TRAINING
+    router: RouterTraining = RouterTraining()
 
     def setup(self) -> None:
         config = self.config
@@ -101,11 +105,11 @@ class Transformer(nn.Module):
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "jitter": True},
             in_axes=nn.broadcast,
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.execution, self.dispatch, self.rules)
+        )(config, self.execution, self.dispatch, self.rules, self.router)
         self.norm = RMSNorm(config.norm_eps)
         if not config.tie_embeddings:
             shape = (config.dim, config.vocab_size)

@@ -16,14 +16,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.inference import decode
 from mixtral_jax.inference.sampling import SamplingConfig
-from mixtral_jax.inference.weights import Prepared, arrange, computed_dtype
-from mixtral_jax.model.cache import Cache, LayerCache, num_slots
+from mixtral_jax.inference.weights import Prepared, arrange, axes, computed_dtype
+from mixtral_jax.model.backends.quantized import Quantized
+from mixtral_jax.model.cache import Cache, empty_cache, num_slots
 from mixtral_jax.model.tensors import Tensor
 from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.planning.hlo import Collective, collectives
 from mixtral_jax.planning.job import Job
 from mixtral_jax.planning.memory import PREFILL_CHUNK
 from mixtral_jax.planning.topology import Topology, devices
+from mixtral_jax.quantization import DTYPES, is_quantized, scale_shape
 from mixtral_jax.sharding.mesh import make_mesh
 from mixtral_jax.sharding.rules import DECODING, TRAINING
 from mixtral_jax.train.losses import LossConfig
@@ -103,6 +105,8 @@ def local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     size = 1
     for each in shape:
         size *= each
+    if leaf.dtype == jnp.int4:
+        return -(-size // 2)
     return size * (leaf.dtype.itemsize if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else 8)
 
 
@@ -180,9 +184,14 @@ def serving_programs(job: Job, mesh: Mesh) -> list[Abstract]:
 def abstract_weights(job: Job, mesh: Mesh) -> Prepared:
     """The weights as `inference.weights.assemble` lays them out."""
 
-    def leaf_of(tensor: Tensor) -> jax.ShapeDtypeStruct:
-        layout = NamedSharding(mesh, DECODING.storage(tensor.axes))
-        return jax.ShapeDtypeStruct(tensor.shape, computed_dtype(tensor, job.execution), sharding=layout)
+    def shaped(tensor: Tensor, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, DECODING.storage(axes(tensor, shape))))
+
+    def leaf_of(tensor: Tensor) -> Any:
+        if job.quantize is None or not is_quantized(tensor):
+            return shaped(tensor, tensor.shape, computed_dtype(tensor, job.execution))
+        scale = shaped(tensor, scale_shape(tensor, job.quantize), jnp.float32)
+        return Quantized(shaped(tensor, tensor.shape, DTYPES[job.quantize]), scale)
 
     return arrange(job.model, leaf_of)
 
@@ -191,9 +200,9 @@ def abstract_cache(job: Job, mesh: Mesh) -> Cache:
     """The cache of a copy's texts, laid out as the programs leave it."""
     model, slots = job.model, num_slots(job.model, job.length)
     layout, whole = NamedSharding(mesh, DECODING.storage(decode.CACHE_AXES)), NamedSharding(mesh, PartitionSpec())
-    shape = (job.rows, slots, model.num_kv_heads, model.head_dim)
-    # Typed as arrays, whose places they take.
-    of_layer: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(job.execution.product_dtype), sharding=layout)
-    position_BR: Any = jax.ShapeDtypeStruct((job.rows, slots), jnp.int32, sharding=whole)
-    length_B: Any = jax.ShapeDtypeStruct((job.rows,), jnp.int32, sharding=whole)
-    return Cache(tuple(LayerCache(of_layer, of_layer) for _ in range(model.num_layers)), position_BR, length_B)
+    cache = jax.eval_shape(lambda: empty_cache(model, job.rows, slots, job.execution.kept_dtype))
+
+    def laid_out(leaves: Any, sharding: NamedSharding) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), leaves)
+
+    return Cache(laid_out(cache.layers, layout), *laid_out((cache.position_BR, cache.length_B), whole))

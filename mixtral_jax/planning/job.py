@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mixtral_jax.config import Dispatch, Execution, ModelConfig
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.dispatch import capacity, group
+from mixtral_jax.quantization import Bits, groups
 from mixtral_jax.sharding.axes import MESH_AXES
 from mixtral_jax.sharding.mesh import MeshConfig
 
@@ -16,7 +17,7 @@ EXECUTION = Execution(activation_dtype="bfloat16", product_dtype="bfloat16", att
 
 DROPLESS = Dispatch()
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Job:
     loss_chunk: int = 64
     accumulation: int = 1
     serve: bool = False
+    quantize: Bits | None = None
+    """To serve, the bits of the layers' matrices and of the unembedding; None: the dtype of products."""
 
     @property
     def num_chips(self) -> int:
@@ -124,7 +127,10 @@ def problems(job: Job) -> list[InputError]:
     elif mesh.context > 1:
         found.append(InputError("mesh.context", mesh.context, "decoding splits no sequences; 1 is needed"))
     else:
-        divides("mesh.fsdp x expert x tensor", mesh.fsdp * mesh.expert * mesh.tensor, model.hidden_dim, "hidden_dim")
+        parts = mesh.fsdp * mesh.expert * mesh.tensor
+        divides("mesh.fsdp x expert x tensor", parts, model.hidden_dim, "hidden_dim")
+        if job.quantize == "int4":
+            divides("mesh.fsdp x expert x tensor", parts, groups(model.hidden_dim), "groups of hidden_dim in int4")
     divides("mesh.tensor", mesh.tensor, model.num_kv_heads, "model.num_kv_heads")
     divides("mesh.tensor", mesh.tensor, model.vocab_size, "model.vocab_size")
     if model.moe is None:

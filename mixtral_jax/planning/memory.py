@@ -16,8 +16,10 @@ from flax import linen as nn
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.cache import num_slots
+from mixtral_jax.model.tensors import Tensor
 from mixtral_jax.model.transformer import abstract_params
 from mixtral_jax.planning.job import DTYPE_BYTES, Job
+from mixtral_jax.quantization import is_quantized, scale_shape
 from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.mesh import MeshConfig
 from mixtral_jax.sharding.rules import DECODING, TRAINING, Rules
@@ -27,7 +29,7 @@ UPDATE_COPIES = 2
 """Arrays as large as a device's weights that TPU programs hold besides gradients: found by compiling with fewer layers,
 which leaves so much a layer unexplained (docs/plan.md)."""
 MARGIN = 0.15
-"""Of a chip's memory, left aside by counts: they came out up to 13% below the compiler (docs/plan.md)."""
+"""Of a chip's memory, left aside by counts: where both were made, up to 7% below the compiler (docs/plan.md)."""
 
 
 class Leaf(NamedTuple):
@@ -37,10 +39,21 @@ class Leaf(NamedTuple):
     """`attention`, `router`, `norm`, `experts`, `feed_forward`, `embedding` or `unembedding`."""
     shape: tuple[int, ...]
     names: Names
+    path: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def stacked(self) -> int:
+        """Its leading dimensions, of layers and experts."""
+        return sum(name in ("layers", "experts") for name in self.names)
+
+    @property
+    def tensor(self) -> Tensor:
+        """One of the tensors that are stacked in it."""
+        return Tensor(self.path, (0,) * self.stacked, self.shape[self.stacked :], self.names[self.stacked :])
 
 
 @cache
@@ -49,7 +62,10 @@ def leaves(model: ModelConfig) -> tuple[Leaf, ...]:
     boxed = jax.tree_util.tree_leaves_with_path(
         abstract_params(model), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
     )
-    return tuple(Leaf(_kind(jax.tree_util.keystr(path)), leaf.value.shape, leaf.names) for path, leaf in boxed)
+    return tuple(
+        Leaf(_kind(jax.tree_util.keystr(path)), leaf.value.shape, leaf.names, tuple(key.key for key in path))
+        for path, leaf in boxed
+    )
 
 
 def _kind(path: str) -> str:
@@ -81,7 +97,7 @@ def _names_in_use(names: Names) -> Names:
 
 
 class DecodingWeights(NamedTuple):
-    """Bytes on a device, in the dtype of products."""
+    """Bytes on a device, in the dtype of products or in fewer bits."""
 
     embedding: int
     attention: int
@@ -94,11 +110,21 @@ def decoding_weights(job: Job) -> DecodingWeights:
     """What a device holds of the weights to serve."""
     held = dict.fromkeys(DecodingWeights._fields, 0)
     for leaf in leaves(job.model):
-        in_float = leaf.kind in ("norm", "router")
-        width = _FLOAT if in_float else DTYPE_BYTES[job.execution.product_dtype]
         group = leaf.kind if leaf.kind in held else "attention"
-        held[group] += width * leaf.size // parts(leaf.names, DECODING, job.mesh)
+        held[group] += _decoding_bytes(leaf, job)
     return DecodingWeights(**held)
+
+
+def _decoding_bytes(leaf: Leaf, job: Job) -> int:
+    local = leaf.size // parts(leaf.names, DECODING, job.mesh)
+    if job.quantize is None or not is_quantized(leaf.tensor):
+        return local * (_FLOAT if leaf.kind in ("norm", "router") else DTYPE_BYTES[job.execution.product_dtype])
+    scales = scale_shape(leaf.tensor, job.quantize)
+    # What has one scale has nothing to split.
+    names = tuple(None if size == 1 else name for size, name in zip(scales, leaf.tensor.axes, strict=True))
+    copies = math.prod(leaf.shape[: leaf.stacked])
+    of_scales = _FLOAT * copies * math.prod(scales) // parts(names, DECODING, job.mesh)
+    return (local if job.quantize == "int8" else local // 2) + of_scales
 
 
 @dataclass(frozen=True)
@@ -238,8 +264,8 @@ def _serving(job: Job) -> Memory:
 
 
 def cache_bytes(job: Job) -> int:
-    """Keys and values of a copy's texts on a device."""
-    model = job.model
+    """Keys and values of a copy's texts on a device; in int8 with a scale for each token and head."""
+    model, kept = job.model, job.execution.kept_dtype
     heads = model.num_kv_heads // job.mesh.tensor
-    size = DTYPE_BYTES[job.execution.product_dtype]
-    return 2 * model.num_layers * job.rows * num_slots(model, job.length) * heads * model.head_dim * size
+    head = model.head_dim * DTYPE_BYTES[kept] + (_FLOAT if kept == "int8" else 0)
+    return 2 * model.num_layers * job.rows * num_slots(model, job.length) * heads * head

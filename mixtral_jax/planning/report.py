@@ -42,6 +42,8 @@ def describe(
         "batch_per_chip": job.batch_per_chip,
         "rows": job.rows,
         "sequence": job.length,
+        "quantize": job.quantize,
+        "cache_dtype": job.execution.kept_dtype if job.serve else None,
         "flags": flags(job),
         "memory_by_counts": _bytes(vars(memory(job))),
         "traffic_by_counts": _traffic(job),
@@ -169,6 +171,8 @@ def heading(plan: dict[str, Any]) -> str:
     """What is planned, in a line."""
     batch = f"{plan['rows']} texts a copy" if plan["purpose"] == "serve" else f"{plan['rows']} rows a step"
     mesh = ",".join(f"{axis}={size}" for axis, size in plan["mesh"].items()) or "data=1"
-    return (
-        f"{plan['purpose']} on {plan['topology']} ({plan['chips']} chips), mesh {mesh}, {batch} of {plan['sequence']:,}"
-    )
+    machine = f"{plan['topology']} ({plan['chips']} chip{'s' if plan['chips'] > 1 else ''})"
+    text = f"{plan['purpose']} on {machine}, mesh {mesh}, {batch} of {plan['sequence']:,}"
+    if plan["purpose"] == "serve":
+        text += f", weights in {plan['quantize'] or 'bfloat16'}, cache in {plan['cache_dtype']}"
+    return text

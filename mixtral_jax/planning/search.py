@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mixtral_jax.config import Dispatch, ModelConfig
+from mixtral_jax.config import CacheDtype, Dispatch, ModelConfig
 from mixtral_jax.errors import InputError
 from mixtral_jax.planning.estimate import Estimate, estimate, estimate_decode
 from mixtral_jax.planning.job import EXECUTION, Job, mesh_text, problems
 from mixtral_jax.planning.memory import MARGIN, memory
 from mixtral_jax.planning.topology import Topology, topology
+from mixtral_jax.quantization import Bits
 from mixtral_jax.sharding.axes import MESH_AXES
 from mixtral_jax.sharding.mesh import MeshConfig
 
@@ -57,6 +58,9 @@ class Wanted:
     remat: str | None = None
     dispatch: Dispatch | None = None
     attention_chunk: int | None = None
+    quantize: Bits | None = None
+    """To serve; nothing is quantised or kept in another type unless it is asked for."""
+    cache_dtype: CacheDtype | None = None
 
 
 def budget(machine: Topology) -> float:
@@ -122,7 +126,8 @@ def _divisors(number: int) -> list[int]:
 
 
 def _of_mesh(wanted: Wanted, mesh: MeshConfig) -> Iterator[Job]:
-    base = Job(wanted.model, mesh, 1, wanted.length, serve=wanted.serve)
+    execution = replace(EXECUTION, cache_dtype=wanted.cache_dtype)
+    base = Job(wanted.model, mesh, 1, wanted.length, execution, serve=wanted.serve, quantize=wanted.quantize)
     if wanted.batch_per_chip is not None:
         rows = [rows_of(base, wanted.batch_per_chip)]
     elif wanted.serve:
@@ -166,6 +171,7 @@ class Remedy:
 def remedies(job: Job, machine: Topology) -> list[Remedy]:
     """What would fit, the smallest change first: remat, batch, mesh, all of them, more chips."""
     asked = Wanted(job.model, job.length, job.serve, job.mesh, job.batch_per_chip, job.execution.remat, job.dispatch)
+    asked = replace(asked, quantize=job.quantize, cache_dtype=job.execution.cache_dtype)
     free = replace(asked, mesh=None, remat=None)
     tries = [
         ("--remat full", replace(asked, remat="full")),
@@ -175,6 +181,8 @@ def remedies(job: Job, machine: Topology) -> list[Remedy]:
         ("a smaller batch and --remat full", replace(asked, batch_per_chip=None, remat="full")),
         ("another mesh and a smaller batch", replace(free, batch_per_chip=None)),
     ]
+    if job.serve and job.quantize is None:
+        tries.insert(0, ("weights in fewer bits", replace(asked, quantize="int8")))
     found = []
     for change, wanted in tries:
         best = next((each for each in search(wanted, machine) if _is_smaller(each.job, job)), None)
@@ -208,7 +216,9 @@ def flags(job: Job) -> str:
     """The command line's flags for a job."""
     text = f"--mesh {mesh_text(job.mesh)} --batch-per-chip {job.batch_per_chip:g}"
     if job.serve:
-        return text
+        text += "" if job.quantize is None else f" --quantize {job.quantize}"
+        kept = job.execution.cache_dtype
+        return text + ("" if kept is None else f" --cache-dtype {kept}")
     text += f" --remat {job.execution.remat}"
     if job.execution.attention_chunk != EXECUTION.attention_chunk:
         text += f" --attention-chunk {job.execution.attention_chunk}"

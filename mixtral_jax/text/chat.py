@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 from mixtral_jax.errors import InputError
 from mixtral_jax.text.conversation import Conversation, Message, ToolCall, Version, check_name, read_conversation
@@ -81,13 +82,69 @@ def encode_chat(
     Raises:
       InputError: naming the message by its index ("messages[2].role") or the tool, what it is and what is allowed.
     """
+    chosen = _chosen(tokenizer, format)
+    with _told_of_surrogates():
+        if chosen == "template":
+            return encode_with_template(messages, tokenizer, tools, complete)
+        return _encode(read_conversation(messages, chosen, complete), tokenizer, chosen, tools).ids
+
+
+class Encoded(NamedTuple):
+    """A conversation's ids, and which of them are the assistant's, the end of each answer among them."""
+
+    ids: list[int]
+    answers: list[bool]
+
+
+def encode_answers(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    format: ChatFormat | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> Encoded:
+    """What `encode_chat` gives for a complete conversation, with the assistant's ids told apart, as for training.
+
+    Raises:
+      InputError: as `encode_chat`; or a chat template writes an answer differently once more messages follow.
+    """
+    chosen = _chosen(tokenizer, format)
+    with _told_of_surrogates():
+        if chosen == "template":
+            return _template_answers(messages, tokenizer, tools)
+        return _encode(read_conversation(messages, chosen, True), tokenizer, chosen, tools)
+
+
+def _template_answers(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]
+) -> Encoded:
+    """An answer is what the conversation up to it has more than the one that asks for it, up to the last end id."""
+    ids = encode_with_template(messages, tokenizer, tools, complete=True)
+    answers = [False] * len(ids)
+    for place, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        asked = encode_with_template(messages[:place], tokenizer, tools, complete=False)
+        told = encode_with_template(messages[: place + 1], tokenizer, tools, complete=True)
+        if told[: len(asked)] != asked or ids[: len(told)] != told:
+            why = "the chat template writes this answer differently before it is given or once others follow it"
+            raise InputError(f"messages[{place}]", None, f"{why}, so that its tokens can't be told apart")
+        ends = [spot + 1 for spot in range(len(asked), len(told)) if told[spot] in tokenizer.eos_ids]
+        end = ends[-1] if ends else len(told)
+        answers[len(asked) : end] = [True] * (end - len(asked))
+    return Encoded(ids, answers)
+
+
+def _chosen(tokenizer: Tokenizer, format: ChatFormat | None) -> ChatFormat:
     chosen = chat_format(tokenizer) if format is None else format
     if chosen not in FORMATS:
         raise InputError("format", chosen, f"one of {', '.join(FORMATS)} is wanted")
+    return chosen
+
+
+@contextmanager
+def _told_of_surrogates() -> Iterator[None]:
     try:
-        if chosen == "template":
-            return encode_with_template(messages, tokenizer, tools, complete)
-        return _encode(read_conversation(messages, chosen, complete), tokenizer, chosen, tools)
+        yield
     except UnicodeEncodeError:
         raise InputError(
             "messages", None, "half of a surrogate pair is in a text; whole characters are wanted"
@@ -96,27 +153,39 @@ def encode_chat(
 
 def _encode(
     conversation: Conversation, tokenizer: Tokenizer, version: Version, tools: Sequence[Mapping[str, Any]]
-) -> list[int]:
-    described = [_tool(tool, f"tools[{place}]") for place, tool in enumerate(tools)]
+) -> Encoded:
+    described = [describe_tool(tool, f"tools[{place}]") for place, tool in enumerate(tools)]
     if version == "v1":
         if tools:
             raise InputError("tools", len(tools), "the format v1 has no tools")
         parts = _parts_v1(conversation)
     else:
         parts = _parts_v2_v3(conversation, described, version)
-    ids = [tokenizer.bos_id]
+    encoded = Encoded([tokenizer.bos_id], [False])
     for part in parts:
-        if isinstance(part, str):
-            part.encode()  # the tokenizers' own errors do not say what is wrong
-            ids += tokenizer.encode(part)
+        bare = part.part if isinstance(part, Answer) else part
+        if isinstance(bare, str):
+            bare.encode()  # the tokenizers' own errors do not say what is wrong
+            ids = tokenizer.encode(bare)
         else:
-            ids.append(_control(tokenizer, *part))
-    return ids
+            ids = [_control(tokenizer, *bare)]
+        encoded.ids.extend(ids)
+        encoded.answers.extend([isinstance(part, Answer)] * len(ids))
+    return encoded
 
 
-Part = str | tuple[str]
+Bare = str | tuple[str]
 """A text, or the name of a control in a tuple of its own; EOS is the end id, whatever its name."""
 EOS = "end"
+
+
+class Answer(NamedTuple):
+    """A part that the assistant writes."""
+
+    part: Bare
+
+
+Part = Bare | Answer
 
 
 def _control(tokenizer: Tokenizer, name: str) -> int:
@@ -134,8 +203,8 @@ def _parts_v1(conversation: Conversation) -> Iterator[Part]:
             prompt = conversation.system if place == 0 else None
             yield f"[INST] {_with_system(prompt, message.content)} [/INST]"
         else:
-            yield message.content
-            yield from _end(message)
+            yield Answer(message.content)
+            yield from map(Answer, _end(message))
 
 
 def _parts_v2_v3(conversation: Conversation, tools: Sequence[Any], version: Version) -> Iterator[Part]:
@@ -155,7 +224,7 @@ def _parts_v2_v3(conversation: Conversation, tools: Sequence[Any], version: Vers
         elif message.role == "tool":
             yield from (("[TOOL_RESULTS]",), _result(message, version), ("[/TOOL_RESULTS]",))
         else:
-            yield from _assistant(message, version)
+            yield from map(Answer, _assistant(message, version))
 
 
 def _user(conversation: Conversation, message: Message, tools: Sequence[Any], is_last: bool) -> Iterator[Part]:
@@ -169,7 +238,7 @@ def _with_system(prompt: str | None, text: str) -> str:
     return f"{prompt}\n\n{text}" if prompt else text
 
 
-def _assistant(message: Message, version: Version) -> Iterator[Part]:
+def _assistant(message: Message, version: Version) -> Iterator[Bare]:
     if message.tool_calls:
         yield from (("[TOOL_CALLS]",), _json([_call(call, version) for call in message.tool_calls]))
     else:
@@ -177,7 +246,7 @@ def _assistant(message: Message, version: Version) -> Iterator[Part]:
     yield from _end(message)
 
 
-def _end(message: Message) -> Iterator[Part]:
+def _end(message: Message) -> Iterator[Bare]:
     if not message.prefix:
         yield (EOS,)
 
@@ -193,7 +262,8 @@ def _result(message: Message, version: Version) -> str:
     return _json({"content": message.content, "call_id": message.call_id})
 
 
-def _tool(tool: Any, key: str) -> dict[str, Any]:
+def describe_tool(tool: Any, key: str) -> dict[str, Any]:
+    """A tool as Mistral's formats write it. Raises InputError, under `key`, for what is none."""
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping):
         raise InputError(key, tool, 'a dict {"type": "function", "function": {"name": ...}} is wanted')

@@ -23,6 +23,11 @@ class GrowingText:
         self.stopped = False
 
     @property
+    def length(self) -> int:
+        """Characters so far, with those that may yet turn out to be the start of a stop string."""
+        return len(self._text)
+
+    @property
     def shown(self) -> str:
         """The text so far, without an end that may yet turn out to be the start of a stop string."""
         if self.stopped:

@@ -36,14 +36,14 @@ def parse_answer(ids: Sequence[int], tokenizer: Tokenizer) -> Answer:
         return Answer(tokenizer.decode(ids), ())
     place = list(ids).index(marker)
     try:
-        calls = tuple(_call(call) for call in json.loads(tokenizer.decode(ids[place + 1 :])))
+        calls = tuple(read_call(call) for call in json.loads(tokenizer.decode(ids[place + 1 :])))
     except (ValueError, TypeError, KeyError, RecursionError):
         return Answer(tokenizer.decode(ids), ())
     return Answer(tokenizer.decode(ids[:place]), calls)
 
 
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    """Raises TypeError, KeyError or ValueError if it is no call."""
+def read_call(call: Any) -> dict[str, Any]:
+    """A call as OpenAI writes it, of one as Mistral's models do. Raises TypeError or KeyError if it is none."""
     name, arguments, call_id = call["name"], call["arguments"], call.get("id")
     if not isinstance(name, str):
         raise TypeError(name)

@@ -38,7 +38,7 @@ def test_a_config_that_is_anothers(copy):
 def test_no_checkpoint(copy):
     shutil.rmtree(copy / CHECKPOINTS)
     (copy / CHECKPOINTS).mkdir()
-    with pytest.raises(InputError, match="no checkpoint yet"):
+    with pytest.raises(InputError, match="no checkpoint; saved steps: none"):
         RunSource(copy).problems()
 
 

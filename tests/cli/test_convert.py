@@ -64,11 +64,42 @@ def test_inspect_weights(run, whole, tmp_path):
     assert "the weights don't fit the config" in err
 
 
+def test_a_run_is_stored_in_int8(run, whole, tmp_path):
+    status, out, _ = run("convert", whole[0], tmp_path / "out", "--to", "native", "--quantize", "int8")
+    assert (status, out) == (0, f"wrote {tmp_path / 'out'}\n")
+    report = json.loads(run("inspect", tmp_path / "out", "--json")[1])
+    assert report["format"] == "mixtral-jax checkpoint in int8"
+    assert report["stored"]["int8"] > 0.6 * report["parameters"]
+    assert report["stored"]["int8"] + report["stored"]["float32"] == report["parameters"]
+    assert report["findings"] == []
+    said = run("generate", tmp_path / "out", "--prompt", "def f", "--max-new-tokens", 5, "--cache-dtype", "int8")
+    assert said[0] == 0
+    assert (
+        said[1]
+        == run(
+            "generate",
+            whole[0],
+            "--prompt",
+            "def f",
+            "--max-new-tokens",
+            5,
+            "--quantize",
+            "int8",
+            "--cache-dtype",
+            "int8",
+        )[1]
+    )
+
+
 def test_refuses(run, whole, tmp_path, text):
     (tmp_path / "there").mkdir()
     for arguments, message in (
         (("convert", whole[0], tmp_path / "there", "--to", "native"), "is there already, and is not written over"),
         (("convert", whole[0], tmp_path / "x", "--to", "gguf"), "'gguf' is not one of"),
+        (
+            ("convert", whole[0], tmp_path / "x", "--to", "huggingface", "--quantize", "int8"),
+            "no part of the huggingface",
+        ),
         (("convert", tmp_path / "there", tmp_path / "x", "--to", "native"), "none of the kinds is in this folder"),
         (("upcycle", whole[0], tmp_path / "x"), "is a mixture already"),
         (("perplexity", whole[0], tmp_path / "none.txt"), "can't be read: No such file"),

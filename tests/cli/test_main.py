@@ -91,6 +91,11 @@ def test_inspect(run):
     assert report["parameters"] == 46_702_792_704
     assert report["active_parameters"] == 12_879_925_248
     assert report["weight_bytes"]["bfloat16"] == 2 * 46_702_792_704
+    # A byte each but for the embedding, routers and norms with two; scales four bytes a channel.
+    in_two = 32000 * 4096 + 32 * (4096 * 8 + 2 * 4096) + 4096
+    channels = 32 * (4096 + 2 * 1024 + 4096 + 8 * (2 * 14336 + 4096)) + 32000
+    assert report["weight_bytes"]["int8"] == 46_702_792_704 + in_two + 4 * channels
+    assert report["cache"]["bytes"]["int8"] == 1000 * 131_072 * 132 // 128
     assert report["cache"]["bytes"]["bfloat16"] == 2 * 1000 * 131_072
     windowed = json.loads(run("inspect", "mistral-7b-v0.1", "--json")[1])
     assert windowed["cache"]["slots"] == 4096

@@ -4,10 +4,7 @@ import json
 
 import pytest
 
-from mixtral_jax.cli import plan as command
-from mixtral_jax.errors import InputError
 from mixtral_jax.planning import topology as machines
-from mixtral_jax.sharding.mesh import MeshConfig
 
 NATURAL = ("--topology", "v5p:4x4x4", "--mesh", "expert=8,fsdp=8", "--batch-per-chip", "1", "--no-compile")
 
@@ -42,6 +39,31 @@ def test_without_a_mesh_the_best_is_planned(run):
     status, out, _ = run("plan", "--model", "mistral-7b-v0.1", "--topology", "h100:8", "--json")
     assert status == 0
     assert json.loads(out)["mesh"] == {"fsdp": 8}
+
+
+def test_mixtral_is_served_by_one_card_in_int8_and_by_two_in_bfloat16(run):
+    serve = ("plan", "--model", "mixtral-8x7b", "--serve", "--json")
+    status, out, _ = run(*serve, "--topology", "h100:1", "--quantize", "int8")
+    one = json.loads(out)
+    assert (status, one["fits"], one["quantize"], one["cache_dtype"]) == (0, True, "int8", "bfloat16")
+    # 46.6 of the 46.7 billion weights take a byte, the embedding's 0.13 two; scales a thousandth.
+    assert one["memory_by_counts"]["weights"] == pytest.approx(46.87e9, rel=1e-3)
+    status, out, _ = run(*serve, "--topology", "h100:2")
+    two = json.loads(out)
+    assert (status, two["fits"], two["mesh"]) == (0, True, {"tensor": 2})
+    assert two["memory_by_counts"]["weights"] == pytest.approx(2 * 46.7e9 / 2, rel=1e-3)
+    status, out, err = run(*serve, "--topology", "h100:1")
+    assert (status, json.loads(out)["fits"]) == (2, False)
+    assert "what would: weights in fewer bits: --mesh data=1 --batch-per-chip 1 --quantize int8; or more chips:" in err
+    assert "--topology h100:2 --mesh tensor=2" in err
+
+
+def test_an_int8_cache_makes_room_for_more_texts(run):
+    serve = ("plan", "--serve", "--topology", "h100:1", "--quantize", "int8", "--mesh", "data=1", "--batch-per-chip")
+    assert run(*serve, "12")[0] == 2
+    status, out, _ = run(*serve, "12", "--cache-dtype", "int8")
+    assert status == 0
+    assert "weights in int8, cache in int8" in out
 
 
 def test_search(run):
@@ -114,6 +136,8 @@ def test_a_shipped_plan(run):
         (("--topology", "h100:8", "--compile"), "GPUs are planned from counts alone"),
         (("--model", "mixtral-8x8b", "--topology", "h100:8"), "no such file"),
         (("pods/v5p-4x4x4", "--serve"), "leave those flags out"),
+        ((*NATURAL, "--quantize", "int8"), "--quantize = 'int8': is for --serve"),
+        ((*NATURAL, "--cache-dtype", "int8"), "--cache-dtype = 'int8': is for --serve"),
     ],
 )
 def test_refused(run, arguments, message):
@@ -140,9 +164,3 @@ def test_it_compiles_and_says_so(run):
     assert err == "compiling\n"
     assert "temporaries" in out
     assert "whether it fits is unknown" in out
-
-
-def test_meshes_as_text():
-    assert command.parse_mesh("expert=8, fsdp=2") == MeshConfig(expert=8, fsdp=2)
-    with pytest.raises(InputError, match="--mesh"):
-        command.parse_mesh("")

@@ -29,6 +29,14 @@ def test_greedy_takes_the_lowest_id_of_equals():
     np.testing.assert_array_equal(greedy(jnp.array([[1.0, 3.0, 3.0], [2.0, 2.0, 1.0]])), [1, 0])
 
 
+@pytest.mark.parametrize("vocabulary", [1, 33, 64, 32000])
+def test_greedy_is_argmax_whatever_the_vocabulary(vocabulary):
+    """With few different values, so that most rows have equals in several places."""
+    logits_BV = np.random.default_rng(0).integers(-3, 3, (16, vocabulary)).astype(np.float32)
+    logits_BV[0] = -np.inf
+    np.testing.assert_array_equal(jax.jit(greedy)(logits_BV), logits_BV.argmax(axis=1))
+
+
 def test_greedy_of_a_row_without_numbers_is_a_token():
     assert 0 <= int(greedy(jnp.full((1, 4), jnp.nan))[0]) < 4
 

@@ -37,8 +37,8 @@ def _text(batch, length=LENGTH):
     return [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
 
 
-def _empty(slots, batch=1):
-    return c.empty_cache(tiny.config("mistral", num_layers=1), batch, slots, "float32")
+def _empty(slots, batch=1, dtype="float32"):
+    return c.empty_cache(tiny.config("mistral", num_layers=1), batch, slots, dtype)
 
 
 def _exact(q, k, v, window):
@@ -148,7 +148,44 @@ def test_a_fresh_cache_gives_the_same(length):
     chex.assert_trees_all_equal(plain[1:], fresh[1:])
 
 
+@pytest.mark.parametrize(("window", "at_once"), [(W, 1), (W, 3), (None, 1)])
+@pytest.mark.parametrize("chunk", [1, 7, LENGTH])
+def test_in_int8_any_chunking_sees_the_same_rounded_keys_and_values(chunk, window, at_once):
+    """That is attention to what a text's keys and values are in 255 steps a token and head, each token's own too."""
+    q, k, v = _text(1)
+    rounded = [np.rint(x / (s := np.abs(x).max(-1, keepdims=True) / 127)) * s for x in (np.array(k), np.array(v))]
+    cache, outputs = _empty(_slots(window, at_once), dtype="int8"), []
+    for start in range(0, LENGTH, chunk):
+        parts = [x[:, start : start + chunk] for x in (q, k, v)]
+        y, cache, _ = _advance(cache, jnp.ones(parts[0].shape[:2], bool), *parts, window, start == 0)
+        outputs.append(y)
+    np.testing.assert_allclose(np.concatenate(outputs, 1), _exact(q, *rounded, window), atol=5e-6)
+    assert 1e-3 < np.abs(np.concatenate(outputs, 1) - _exact(q, k, v, window)).max() < 5e-2
+
+
+def test_in_int8_a_token_of_zeros_stays_one():
+    q, k, v = _text(1, 1)
+    _, cache, _ = _advance(_empty(4, dtype="int8"), jnp.ones((1, 1), bool), q, k * 0, v, W)
+    assert not np.any(cache.layers[0].k_BRKH.dequantized())
+    assert np.abs(cache.layers[0].v_BRKH.values[:, 0]).max() == 127
+
+
 class ShapeTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_int8(self):
+        """Every leaf has rows and slots in front; the scales take 4 bytes beside each head's H."""
+        cache = self.variant(lambda: c.empty_cache(tiny.config("mixtral"), 3, W, "int8"))()
+        k_BRKH, v_BRKH = cache.layers[0]
+        chex.assert_shape([k_BRKH.values, v_BRKH.values], (3, W, K, H))
+        chex.assert_shape([k_BRKH.scale, v_BRKH.scale], (3, W, K, 1))
+        chex.assert_type([k_BRKH.values, k_BRKH.scale], [jnp.int8, jnp.float32])
+        new = jnp.ones((3, 5, K, H))
+        view, moved, _ = c.view(cache, jnp.ones((3, 5), bool), W)
+        advance = self.variant(lambda layer: c.advance(layer, new, new, view))
+        stored, keys, values = advance(moved.layers[0])
+        chex.assert_trees_all_equal_shapes_and_dtypes(cache.layers[0], stored)
+        chex.assert_shape([keys.values, values.values], (3, W + 5, K, H))
+
     @chex.variants(with_jit=True, without_jit=True)
     def test_cache(self):
         config = tiny.config("mixtral")

@@ -19,8 +19,8 @@ from mixtral_jax.model import dispatch as d
 DOCSTRING = jnp.array([[[0, 1], [0, 2], [0, 1]]])
 
 
-def _slots(expert_GTA, mask_GT, num_experts, **kwargs):
-    return d.capacity_slots(jnp.asarray(expert_GTA), jnp.asarray(mask_GT), num_experts, Dispatch(**kwargs))
+def _slots(expert_GTA, mask_GT, num_experts, gate_GTA=None, **kwargs):
+    return d.capacity_slots(jnp.asarray(expert_GTA), jnp.asarray(mask_GT), num_experts, Dispatch(**kwargs), gate_GTA)
 
 
 def _random_choices(rng, groups, length, choices, experts):
@@ -39,13 +39,17 @@ def test_the_docstrings_example():
 def test_priorities_by_hand():
     """Three tokens, two experts, C = ceil(0.5 * 2 * 3 / 2) = 2: each expert is wanted by all.
 
-    By position tokens 0 and 1 fill both. By choice expert 1 first serves token 2, whose first choice it is, then 0.
+    By position tokens 0 and 1 fill both. By choice expert 1 first serves token 2, whose first choice it is, then 0. By
+    probability expert 0 serves token 1 at 0.9 and token 0 at 0.6, and expert 1 token 2 at 0.7 and token 0 at 0.4.
     """
     expert = np.array([[[0, 1], [0, 1], [1, 0]]])
+    gate = jnp.array([[[0.6, 0.4], [0.9, 0.1], [0.7, 0.3]]])
     mask = np.ones((1, 3), bool)
-    kept = {p: _kept(_slots(expert, mask, 2, capacity_factor=0.5, priority=p)) for p in ("position", "choice")}
+    priorities = ("position", "choice", "probability")
+    kept = {p: _kept(_slots(expert, mask, 2, gate, capacity_factor=0.5, priority=p)) for p in priorities}
     assert kept["position"].tolist() == [[True, True], [True, True], [False, False]]
     assert kept["choice"].tolist() == [[True, True], [True, False], [True, False]]
+    assert kept["probability"].tolist() == [[True, True], [True, False], [True, False]]
 
 
 def _kept(slots):
@@ -90,18 +94,19 @@ def test_capacity_is_exact_for_decimal_factors(hundredths, tokens, choices, expe
     assert d.capacity(dispatch, tokens, choices, experts) == expected
 
 
-@pytest.mark.parametrize("priority", ["position", "choice"])
+@pytest.mark.parametrize("priority", ["position", "choice", "probability"])
 @pytest.mark.parametrize("factor", [0.3, 0.7, 1.0, 1.2, 2.0, None])
 @pytest.mark.parametrize("group", [5, 10])
 def test_served_as_in_a_queue(factor, priority, group):
     rng = np.random.default_rng(0)
     expert_BTA, mask_BT = _random_choices(rng, 3, 10, 2, 4)
+    gate_BTA = np.float32(rng.integers(0, 8, (3, 10, 2)) / 8)  # some are like others
     dispatch = Dispatch(capacity_factor=factor, priority=priority, group_size=group)
-    slots = _slots(
-        expert_BTA.reshape(-1, group, 2), mask_BT.reshape(-1, group), 4, capacity_factor=factor, priority=priority
-    )
+    groups = (each.reshape(-1, group, *each.shape[2:]) for each in (expert_BTA, mask_BT, gate_BTA))
+    expert_GTA, mask_GT, gate_GTA = map(jnp.asarray, groups)
+    slots = _slots(expert_GTA, mask_GT, 4, gate_GTA, capacity_factor=factor, priority=priority)
     kept = _kept(slots).reshape(3, 10, 2)
-    np.testing.assert_array_equal(kept, mixture.served(expert_BTA, mask_BT, 4, dispatch))
+    np.testing.assert_array_equal(kept, mixture.served(expert_BTA, mask_BT, 4, dispatch, gate_BTA))
     assert factor in (None, 2.0) or not kept[mask_BT].all()
 
 

@@ -11,6 +11,7 @@ from absl.testing import parameterized
 from oracles import mixture, tiny
 
 from mixtral_jax.config import Dispatch, Execution, MoEConfig
+from mixtral_jax.model.balance import RouterTraining
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 from mixtral_jax.model.moe import MoE, apply_experts
 from mixtral_jax.model.routing import route
@@ -27,6 +28,7 @@ DISPATCHES = {
     "tight": TIGHT,
     "tight, groups of 4": Dispatch(capacity_factor=0.75, group_size=4),
     "tight, by choice": Dispatch(capacity_factor=0.75, priority="choice"),
+    "tight, by probability": Dispatch(capacity_factor=0.75, priority="probability"),
 }
 
 
@@ -71,7 +73,7 @@ def test_equals_a_loop_over_tokens(name):
     params, x, mask, dispatch = _params(), _x(), _mask(), DISPATCHES[name]
     y, stats = _apply(params, x, mask, dispatch)
     expert, gate = mixture.route(np.einsum("btd,de->bte", np.float64(x), np.float64(params["router"])), 2)
-    kept = mixture.served(expert, np.asarray(mask), EXPERTS, dispatch)
+    kept = mixture.served(expert, np.asarray(mask), EXPERTS, dispatch, gate)
     np.testing.assert_allclose(y, mixture.mixture(x, expert, gate, kept, _experts(params)), atol=1e-5)
     np.testing.assert_array_equal(y[~mask], 0)
     dropped = (~kept & np.asarray(mask)[..., None]).sum()
@@ -93,7 +95,8 @@ def test_values_and_gradients_equal_one_hot_einsums(name):
     """Gradients of the router, through the gates, of the experts and of x."""
     dispatch, mask = DISPATCHES[name], _mask()
     cotangent = _x(seed=2)
-    kept = mixture.served(np.asarray(_routing(_params(), _x()).expert_BTA), np.asarray(mask), EXPERTS, dispatch)
+    chosen = _routing(_params(), _x())
+    kept = mixture.served(*map(np.asarray, (chosen.expert_BTA, mask)), EXPERTS, dispatch, np.asarray(chosen.gate_BTA))
 
     def gathered(params, x):
         return jnp.sum(_apply(params, x, mask, dispatch)[0] * cotangent)
@@ -177,9 +180,33 @@ def test_priority_by_position_is_causal_in_spite_of_drops(at):
     assert not _changed_before(TIGHT, at)
 
 
-def test_priority_by_choice_is_not_causal():
-    """Or the test above would show nothing: a later token's first choice takes the place of an earlier one's second."""
-    assert any(_changed_before(DISPATCHES["tight, by choice"], at) for at in range(1, LENGTH))
+@pytest.mark.parametrize("name", ["tight, by choice", "tight, by probability"])
+def test_other_priorities_are_not_causal(name):
+    """Or the test above would show nothing: a later token takes the place of an earlier one's second choice."""
+    assert any(_changed_before(DISPATCHES[name], at) for at in range(1, LENGTH))
+
+
+@jax.jit
+def _jittered(key, x_BTD):
+    layer = MoE(CONFIG, Execution(), DROPLESS, TRAINING, RouterTraining(jitter=0.3))
+    rngs = {} if key is None else {"jitter": key}
+    return layer.apply({"params": _params()}, x_BTD, jnp.ones((BATCH, LENGTH), bool), rngs=rngs)
+
+
+def test_jitter_is_of_the_routers_input_alone_and_its_keys():
+    """Without a key, as in validation and inference, there is none. With one the router alone reads noisy tokens."""
+    x, key = _x(), jax.random.key(3)
+    (plain, _), (without, _) = _apply(_params(), x, jnp.ones((BATCH, LENGTH), bool)), _jittered(None, x)
+    np.testing.assert_allclose(without, plain, atol=1e-6)
+    (first, stats), (again, _), (other, _) = (_jittered(each, x) for each in (key, key, jax.random.key(4)))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    own = MoE(CONFIG, Execution(), DROPLESS, TRAINING).bind({}, rngs={"jitter": key}).make_rng("jitter")
+    routing = _routing(_params(), x * jax.random.uniform(own, x.shape, jnp.float32, 0.7, 1.3))
+    kept = np.ones((BATCH, LENGTH, 2), bool)
+    expected = mixture.mixture(x, *map(np.asarray, (routing.expert_BTA, routing.gate_BTA)), kept, _experts(_params()))
+    np.testing.assert_allclose(first, expected, atol=1e-5)
+    np.testing.assert_allclose(stats.z_loss, jnp.sum(jax.nn.logsumexp(routing.logits_BTE, axis=-1) ** 2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dispatch", [DROPLESS, TIGHT], ids=["dropless", "tight"])

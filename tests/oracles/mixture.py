@@ -28,8 +28,17 @@ def places(dispatch: Dispatch, tokens: int, choices: int, num_experts: int) -> i
     return math.ceil(Fraction(str(dispatch.capacity_factor)) * choices * tokens / num_experts)
 
 
-def served(expert_BTA: np.ndarray, mask_BT: np.ndarray, num_experts: int, dispatch: Dispatch) -> np.ndarray:
-    """bool [B, T, A]: one after the other, each choice takes a place of its expert in its group if one is left."""
+def served(
+    expert_BTA: np.ndarray,
+    mask_BT: np.ndarray,
+    num_experts: int,
+    dispatch: Dispatch,
+    gate_BTA: np.ndarray | None = None,
+) -> np.ndarray:
+    """bool [B, T, A]: one after the other, each choice takes a place of its expert in its group if one is left.
+
+    The gates are needed where the priority is by probability: the largest first, of like ones the earlier token's.
+    """
     batch, length, choices = expert_BTA.shape
     size = length if dispatch.capacity_factor is None else min(dispatch.group_size, length)
     kept_BTA = np.zeros(expert_BTA.shape, bool)
@@ -39,6 +48,9 @@ def served(expert_BTA: np.ndarray, mask_BT: np.ndarray, num_experts: int, dispat
             queue = [(t, a) for t in real for a in range(choices)]
             if dispatch.priority == "choice":
                 queue = [(t, a) for a in range(choices) for t in real]
+            elif dispatch.priority == "probability":
+                assert gate_BTA is not None
+                queue.sort(key=lambda place: -gate_BTA[row][place])
             left = [places(dispatch, len(real), choices, num_experts)] * num_experts
             for t, a in queue:
                 expert = expert_BTA[row, t, a]

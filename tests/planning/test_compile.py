@@ -10,10 +10,18 @@ from oracles.compiler import needs_compiler
 from mixtral_jax.config import Dispatch, Execution, ModelConfig, MoEConfig
 from mixtral_jax.inference.weights import assemble
 from mixtral_jax.model.cache import empty_cache
-from mixtral_jax.planning.compile import abstract_cache, abstract_weights, compile_job, local_bytes, too_large_by
+from mixtral_jax.planning.compile import (
+    abstract_cache,
+    abstract_weights,
+    compile_job,
+    local_bytes,
+    lower,
+    serving_programs,
+    too_large_by,
+)
 from mixtral_jax.planning.job import Job, check
 from mixtral_jax.planning.memory import memory
-from mixtral_jax.planning.topology import topology
+from mixtral_jax.planning.topology import devices, topology
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
 MODEL = ModelConfig(
@@ -57,17 +65,55 @@ def test_what_a_step_for_tpu_moves(axes, factor):
 
 
 @needs_compiler
-def test_serving_for_tpu():
-    prefill, decode = compile_job(_job(serve=True, fsdp=2, tensor=2), topology("v6e:2x2"))
+@pytest.mark.parametrize(
+    ("machine", "axes", "bits", "kept"),
+    [
+        ("v6e:2x2", {"fsdp": 4}, None, None),
+        ("v5e:2x4", {"expert": 2, "tensor": 4}, "int8", "int8"),
+    ],
+)
+def test_serving_for_tpu(machine, axes, bits, kept):
+    """Weights and cache take what they should, the cache is written in place, and experts stay where they are."""
+    job = _serving(axes, bits, kept)
+    prefill, decode = compile_job(job, topology(machine))
     assert (prefill.name, decode.name) == ("prefill", "decode")
-    assert prefill.memory["weights"] == decode.memory["weights"] == memory(_job(serve=True, fsdp=2, tensor=2)).weights
-    assert {each.kind for each in decode.collectives if each.axes} <= {"all-reduce", "all-gather"}
+    counted = memory(job)
+    for each in (prefill, decode):
+        assert each.memory["weights"] == counted.weights
+        assert each.memory["cache"] == pytest.approx(counted.cache, rel=0.02)  # and its positions
+        assert {found.kind for found in each.collectives if found.axes} <= {"all-reduce", "all-gather"}
+        gathered = [found.bytes for found in each.collectives if found.kind == "all-gather"]
+        assert max(gathered, default=0) < job.model.dim * job.model.hidden_dim // 8
+    assert decode.memory["temporaries"] < counted.cache / 4
 
 
-def test_weights_are_laid_out_as_inference_lays_them():
-    job = _job(serve=True, fsdp=2, expert=2, tensor=2)
+@needs_compiler
+def test_more_layers_take_no_more_temporaries_to_decode():
+    """So there is no second cache at any depth; the full size is compiled by `mixtral-jax plan`."""
+
+    def temporaries(layers):
+        job = _serving({"tensor": 4}, "int8", "int8", layers)
+        mesh = make_mesh(job.mesh, devices(topology("v6e:2x2")))
+        with jax.set_mesh(mesh):
+            _, decode = serving_programs(job, mesh)
+            return lower(decode).compile().memory_analysis().temp_size_in_bytes, memory(job).cache / layers
+
+    (few, a_layer), (many, _) = temporaries(1), temporaries(3)
+    assert many - few < 2 * a_layer / 4
+
+
+def _serving(axes, bits, kept, layers=2):
+    """With a cache that is large beside all else: 8192 tokens a text."""
+    model = replace(MODEL, num_layers=layers, num_heads=16, num_kv_heads=8, head_dim=128)
+    execution = replace(SHORT, cache_dtype=kept)
+    return check(Job(model, MeshConfig(data=1, **axes), 8, 8192, execution, serve=True, quantize=bits))
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
+def test_weights_are_laid_out_as_inference_lays_them(bits):
+    job = replace(_job(serve=True, fsdp=2, expert=2, tensor=2), quantize=bits)
     mesh = make_mesh(job.mesh, jax.devices())
-    real = assemble(lambda tensor: jax.numpy.zeros(tensor.shape), MODEL, SHORT, mesh)
+    real = assemble(lambda tensor: jax.numpy.zeros(tensor.shape), MODEL, SHORT, mesh, bits)
     planned = abstract_weights(job, mesh)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), real) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), planned
@@ -75,10 +121,12 @@ def test_weights_are_laid_out_as_inference_lays_them():
     assert sum(map(local_bytes, jax.tree.leaves(planned))) == memory(job).weights
 
 
-def test_the_cache_is_as_inference_makes_it():
+@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+def test_the_cache_is_as_inference_makes_it(kept):
     job = _job(serve=True, tensor=2)
+    job = replace(job, execution=replace(SHORT, cache_dtype=kept))
     planned = abstract_cache(job, make_mesh(job.mesh, jax.devices()[:2]))
-    real = jax.eval_shape(lambda: empty_cache(MODEL, 4, 128, "bfloat16"))
+    real = jax.eval_shape(lambda: empty_cache(MODEL, 4, 128, kept))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), planned) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), real
     )

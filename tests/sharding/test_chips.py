@@ -1,6 +1,7 @@
 """Chips by the device kinds that jax reports."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -63,3 +64,24 @@ def test_a_host_with_a_tpu_is_told_nothing_of_it(monkeypatch, attached):
     chips.quiet_compiler()
     assert ("TPU_ACCELERATOR_TYPE" in os.environ) == (not attached)
     assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("platform", "flags", "expected"),
+    [
+        ("tpu", None, True),
+        ("gpu", "flags : sse", True),
+        ("cpu", None, False),
+        ("cpu", "model : x\nflags\t\t: fpu avx2 avx512_bf16 vaes\n", True),
+        ("cpu", "flags : amx_bf16\n", True),
+        ("cpu", "flags : fpu avx2 avx512_bf16x\nbugs : amx_bf16\n", False),
+    ],
+)
+def test_what_multiplies_bfloat16(monkeypatch, platform, flags, expected):
+    def read(path, encoding):
+        if flags is None:
+            raise FileNotFoundError(path)
+        return flags
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert chips.multiplies_bfloat16(platform) == expected

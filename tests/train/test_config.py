@@ -1,5 +1,6 @@
 """The config of a run."""
 
+import math
 import tomllib
 
 import pytest
@@ -8,13 +9,16 @@ import tomli_w
 from mixtral_jax import configs as shipped
 from mixtral_jax.config import MoEConfig, model_config
 from mixtral_jax.errors import InputError
+from mixtral_jax.sharding.axes import MESH_AXES
 from mixtral_jax.train import config
 
 
 @pytest.mark.parametrize("name", shipped.names("runs"))
 def test_shipped_runs_load(name):
+    """Each on as many devices as its mesh has."""
     loaded = config.load(f"runs/{name}")
-    assert loaded.check_mesh(1).shape == (1, 1, 1, 1, 1)
+    devices = math.prod(max(1, loaded.mesh.size(axis)) for axis in MESH_AXES)
+    assert math.prod(loaded.check_mesh(devices).shape) == devices
 
 
 def test_model_may_be_a_name(toy_config):
@@ -34,6 +38,10 @@ def test_model_may_be_named_and_then_changed(toy_config):
         (["optimizer.warmup=3"], "optimizer.warmup = 3: unknown key; did you mean 'warmup_steps'"),
         (["optimiser.warmup_steps=3"], "optimiser = .*unknown key; did you mean 'optimizer'"),
         (["steps=many"], "steps = 'many': input should be a valid integer"),
+        (["objective.kind=dpo", "objective.bta=1"], "objective.bta = 1: unknown key; did you mean 'beta'"),
+        (["objective.kind=dpo", "objective.beta=0.0"], "objective.beta = 0.0: a number above zero"),
+        (["objective.kind=ppo"], "objective = .*'pretrain', 'sft', 'dpo'"),
+        (["objective.kind=dpo"], r"init_from: is missing: \[objective\] needs weights"),
         (["steps=0"], "steps = 0: a number above zero"),
         (["model.num_heads=3", "model.num_kv_heads=2"], "model.num_kv_heads = 2: must divide num_heads = 3"),
         (["model.moe.experts_per_token=5"], "model.moe.experts_per_token = 5: at most num_experts = 4"),
@@ -45,6 +53,15 @@ def test_model_may_be_named_and_then_changed(toy_config):
         (["mesh.data=0"], "mesh.data = 0: a number of devices above zero"),
         (["mesh.model=2"], "mesh.model = 2: unknown key"),
         (["losses.balance=-1"], "losses.balance = -1.0: zero or more"),
+        (["losses.balance_loss=megatrn"], "losses.balance_loss = 'megatrn': .*'switch', 'hf_global' or 'megatron'"),
+        (["losses.jitter=1.0"], "losses.jitter = 1.0: zero or more and below 1"),
+        (["losses.bias_rate=-0.1"], "losses.bias_rate = -0.1: zero or more"),
+        (["losses.bias_rate=0.1"], "losses.bias_rate = 0.1: needs model.moe.selection_bias = true"),
+        (["losses.bias_rate=0.1", "model=tiny-mistral"], "losses.bias_rate = 0.1: needs model.moe.selection_bias"),
+        (
+            ["losses.bias_rate=0.1", "model.moe.selection_bias=true", "init_from=nowhere", "lora.rank=2"],
+            r"losses.bias_rate = 0.1: 0 with \[lora\]",
+        ),
         (["data.sequence_length=true"], "data.sequence_length = True: input should be a valid integer"),
         (["steps"], "--set = 'steps': written as key=value"),
     ],

@@ -20,16 +20,9 @@ from mixtral_jax.errors import InputError
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 from mixtral_jax.sharding.rules import TRAINING
 from mixtral_jax.text.training import train_tokenizer
-from mixtral_jax.train.data import (
-    DataConfig,
-    TokenIndex,
-    device_rows,
-    prepare,
-    training_batches,
-    unigram_entropy,
-    validation_batches,
-)
-from mixtral_jax.train.token_index import build_index, is_whole
+from mixtral_jax.train.batches import device_rows, training_batches, validation_batches
+from mixtral_jax.train.data import DataConfig, prepare
+from mixtral_jax.train.token_index import TokenIndex, build_index, is_whole, unigram_entropy
 
 SHARES = ((0, 1), (2, 3))
 DOCUMENTS = [f"def function_{n}(x):\n    return x + {n * n}\n" + "    # more of it\n" * (n % 7) for n in range(40)]
@@ -253,11 +246,16 @@ def test_without_validation_there_are_no_validation_batches(private):
 
 
 def test_a_token_beyond_the_models_vocabulary_is_named_with_its_offset(config):
-    with pytest.raises(InputError, match=r"training\.tokens = \d+: token \d+ must be below the model's vocab_size 270"):
+    with pytest.raises(
+        InputError,
+        match=r"training\.tokens = \d+: token \d+, in document \d+, must be below the model's vocab_size 270",
+    ):
         prepare(config, vocab_size=270)
     index = index_of([1, 5, 2], [1, 300, 2])
     index.check_vocabulary(301)
-    with pytest.raises(InputError, match="tokens = 300: token 4 must be below the model's vocab_size 300"):
+    with pytest.raises(
+        InputError, match="tokens = 300: token 4, in document 1, must be below the model's vocab_size 300"
+    ):
         index.check_vocabulary(300)
 
 

@@ -1,14 +1,18 @@
-"""Several processes that train one model, over the command line: on one machine, two or four, with two devices each."""
+"""Several processes that train one model, over the command line, with two devices each: two or four on one machine, and
+two in network namespaces with addresses of their own."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import quick_compiler
 from toy_run import train
 
 from mixtral_jax.train import metrics
@@ -26,17 +30,19 @@ def _port():
 class Processes:
     """Processes that run the command together, and what they said."""
 
-    def __init__(self, config, folder, count, settings, devices=2):
+    def __init__(self, config, folder, count, settings, devices=2, hosts=(), program=COMMAND):
         stem = f"{folder.name}-{time.monotonic_ns()}"
         self.logs = [folder.parent / f"{stem}-{number}.log" for number in range(count)]
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        flags = f"--xla_force_host_platform_device_count={devices} {quick_compiler.FLAGS}"
         environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
-        command = [*COMMAND, config, "--run-dir", folder, *(f"--set={each}" for each in settings)]
+        command = [*program, config, "--run-dir", folder, *(f"--set={each}" for each in settings)]
         if count > 1:
-            command += ["--coordinator", f"127.0.0.1:{_port()}", "--num-processes", str(count), "--process-id"]
+            address = hosts[0].address if hosts else "127.0.0.1"
+            command += ["--coordinator", f"{address}:{_port()}", "--num-processes", str(count), "--process-id"]
         self.all = []
         for number, log in enumerate(self.logs):
             own = [*command, str(number)] if count > 1 else command
+            own = [*hosts[number].enter, *own] if hosts else own
             with log.open("w") as output:
                 self.all.append(subprocess.Popen(own, stdout=output, stderr=subprocess.STDOUT, env=environment))
 
@@ -60,6 +66,46 @@ class Processes:
             time.sleep(0.05)
 
 
+class Host(NamedTuple):
+    """A network namespace, as a machine of its own."""
+
+    address: str
+    enter: list
+    """What a command begins with to run there."""
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    """Two hosts joined by a cable, each of which knows its own name by its own address, and no other network."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    names, found = [f"mj{os.getpid()}{letter}" for letter in "ab"], []
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", names[1], "netns", names[1])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr}")
+        for number, name in enumerate(names, 1):
+            address = f"192.0.2.{number}"  # of the block that is kept for examples
+            ip("-n", name, "address", "add", f"{address}/24", "dev", name)
+            for device in ("lo", name):
+                ip("-n", name, "link", "set", device, "up")
+            known = tmp_path_factory.mktemp("host") / "hosts"
+            known.write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
+            own_name = ["sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(known)]
+            found.append(Host(address, ["ip", "netns", "exec", name, *own_name]))
+        yield found
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
 def _losses(folder):
     return [each["loss"] for each in metrics.read(folder / metrics.METRICS)]
 
@@ -75,10 +121,27 @@ def test_four_train_what_one_trains(toy_config, tmp_path, whole):
 
 
 @pytest.mark.xdist_group("processes")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_stops_both_at_one_step_and_one_goes_on(toy_config, tmp_path, number):
+def test_two_hosts_train_what_one_process_trains(toy_config, tmp_path, whole, hosts):
     folder = tmp_path / "run"
-    processes = Processes(toy_config, folder, 2, [*TWO, "steps=2000", "save_every=1000", "validate_every=none"])
+    processes = Processes(toy_config, folder, 2, TWO, hosts=hosts)
+    assert processes.wait() == [0, 0], processes.said()
+    np.testing.assert_allclose(_losses(folder), _losses(whole[0]), rtol=1e-5)
+
+
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("apart", [False, True], ids=["one host", "two hosts"])
+def test_sigterm_to_one_stops_both_at_one_step_and_one_goes_on(toy_config, tmp_path, apart, request):
+    _stop(toy_config, tmp_path, signal.SIGTERM, request.getfixturevalue("hosts") if apart else ())
+
+
+@pytest.mark.xdist_group("processes")
+def test_sigint_does_as_well(toy_config, tmp_path):
+    _stop(toy_config, tmp_path, signal.SIGINT)
+
+
+def _stop(toy_config, tmp_path, number, hosts=()):
+    folder, settings = tmp_path / "run", [*TWO, "steps=2000", "save_every=1000", "validate_every=none"]
+    processes = Processes(toy_config, folder, 2, settings, hosts=hosts)
     processes.wait_for_step(folder, 2)
     processes.all[1].send_signal(number)
     assert processes.wait() == [128 + number] * 2, processes.said()
@@ -103,6 +166,17 @@ def test_none_outlives_one_that_is_killed_and_its_run_goes_on(toy_config, tmp_pa
     saved = max(int(each.name) for each in (folder / "checkpoints").iterdir() if each.name.isdigit())
     train(toy_config, folder, steps=saved + 2, validate_every="none")
     assert len(_losses(folder)) == saved + 2
+
+
+@pytest.mark.xdist_group("processes")
+def test_an_exception_in_one_ends_both(toy_config, tmp_path):
+    folder, settings = tmp_path / "run", [*TWO, "steps=2000", "save_every=1000", "validate_every=none"]
+    faulty = [sys.executable, "-m", "benchmarks.chaos.injected", "error=3,1", "train"]
+    processes = Processes(toy_config, folder, 2, settings, program=faulty)
+    statuses = processes.wait(120)
+    assert statuses[1] == 1, processes.said()
+    assert statuses[0] != 0
+    assert "RuntimeError: injected at step 3" in processes.logs[1].read_text()
 
 
 @pytest.mark.xdist_group("processes")

@@ -1,10 +1,14 @@
 """Experts for inference: each expert's weights are arrays of their own, and only those that some token chose are read.
 
-Few tokens go through each chosen expert together, all of them: the weights are what costs. Many are sorted by expert
-and taken a block at a time. Nothing here is differentiated.
+One token goes to the experts that it chose, and no other is asked. Few go through each chosen expert together, all of
+them: the weights are what costs; on a CPU, one after another. Many are sorted by expert and taken a block at a time.
+Nothing here is differentiated.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ from mixtral_jax.model.dispatch import combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 
 _FEW = 32
-_BLOCK = 512
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 512
 
 
 def by_need(
@@ -32,13 +36,23 @@ def by_need(
       gate_NA: float32.
       mask_N: bool; tokens that are not real get zeros, and no expert is read for them.
     """
-    if x_ND.shape[0] <= _FEW:
-        return _all_rows(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
-    slots, sizes_E = sorted_slots(expert_NA, mask_N, len(experts))
-    return combine(_in_blocks(spread(x_ND, slots), sizes_E, experts, execution), gate_NA, slots)
+    if x_ND.shape[0] == 1:
+        return one_row(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
+    if x_ND.shape[0] > _FEW:
+        return sorted_rows(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
+    together, apart = (partial(form, experts=experts, execution=execution) for form in (all_rows, each_row))
+    if expert_NA.size > 2 * len(experts) or not _is_fast_by_row(experts):
+        return together(x_ND, expert_NA, gate_NA, mask_N)
+    y_ND: jax.Array = jax.lax.platform_dependent(x_ND, expert_NA, gate_NA, mask_N, cpu=apart, default=together)
+    return y_ND
 
 
-def _all_rows(
+def _is_fast_by_row(experts: tuple[SwiGLU, ...]) -> bool:
+    """XLA:CPU reads a float32 matrix for a vector three times as fast as for eight rows; no other kind."""
+    return all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(experts))
+
+
+def one_row(
     x_ND: jax.Array,
     expert_NA: jax.Array,
     gate_NA: jax.Array,
@@ -46,8 +60,30 @@ def _all_rows(
     experts: tuple[SwiGLU, ...],
     execution: Execution,
 ) -> jax.Array:
+    """`by_need` of one token: a branch for each of its choices, where `all_rows` has a condition for each expert."""
+
+    def through(weights: SwiGLU) -> Callable[[], jax.Array]:
+        return lambda: swiglu(x_ND[None], weights, execution)[0].astype(jnp.float32)
+
+    branches = [*map(through, experts), lambda: jnp.zeros(x_ND.shape, jnp.float32)]
+    expert_NA = jnp.where(mask_N[:, None], expert_NA, len(experts))
+    parts = [
+        jax.lax.switch(expert_NA[0, choice], branches) * gate_NA[0, choice] for choice in range(expert_NA.shape[1])
+    ]
+    return sum(parts[1:], parts[0])
+
+
+def all_rows(
+    x_ND: jax.Array,
+    expert_NA: jax.Array,
+    gate_NA: jax.Array,
+    mask_N: jax.Array,
+    experts: tuple[SwiGLU, ...],
+    execution: Execution,
+) -> jax.Array:
+    """`by_need` with all tokens going through each chosen expert together."""
     # A row that did not choose the expert adds exactly zero, so no row depends on another's choices.
-    gate_NE = jnp.sum(jax.nn.one_hot(expert_NA, len(experts)) * gate_NA[..., None], axis=1) * mask_N[:, None]
+    gate_NE = _gates(expert_NA, gate_NA, mask_N, len(experts))
     wanted_E = jnp.any(gate_NE > 0, axis=0)
 
     def contribute(gate_N: jax.Array, weights: SwiGLU) -> jax.Array:
@@ -64,13 +100,65 @@ def _all_rows(
     return sum(parts[1:], parts[0])
 
 
+def each_row(
+    x_ND: jax.Array,
+    expert_NA: jax.Array,
+    gate_NA: jax.Array,
+    mask_N: jax.Array,
+    experts: tuple[SwiGLU, ...],
+    execution: Execution,
+) -> jax.Array:
+    """`by_need` with each chosen expert's tokens going through it one after another, while it is in the cache."""
+    gate_NE = _gates(expert_NA, gate_NA, mask_N, len(experts))
+
+    def through(index: int, weights: SwiGLU) -> jax.Array:
+        def step(row: jax.Array, y_ND: jax.Array) -> jax.Array:
+            def serve(y_ND: jax.Array) -> jax.Array:
+                x_1D = jax.lax.dynamic_slice_in_dim(x_ND, row, 1)
+                y_1D = swiglu(x_1D[None], weights, execution)[0].astype(jnp.float32) * gate_NE[row, index]
+                return jax.lax.dynamic_update_slice_in_dim(y_ND, y_1D, row, axis=0)
+
+            return jax.lax.cond(gate_NE[row, index] > 0, serve, lambda y_ND: y_ND, y_ND)
+
+        return jax.lax.fori_loop(0, x_ND.shape[0], step, jnp.zeros(x_ND.shape, jnp.float32))
+
+    parts = [through(index, weights) for index, weights in enumerate(experts)]
+    return sum(parts[1:], parts[0])
+
+
+def sorted_rows(
+    x_ND: jax.Array,
+    expert_NA: jax.Array,
+    gate_NA: jax.Array,
+    mask_N: jax.Array,
+    experts: tuple[SwiGLU, ...],
+    execution: Execution,
+) -> jax.Array:
+    """`by_need` with tokens sorted by expert, each expert taking its own."""
+    slots, sizes_E = sorted_slots(expert_NA, mask_N, len(experts))
+    return combine(_in_blocks(spread(x_ND, slots), sizes_E, experts, execution), gate_NA, slots)
+
+
+def _gates(expert_NA: jax.Array, gate_NA: jax.Array, mask_N: jax.Array, experts: int) -> jax.Array:
+    """Each token's gate of each expert, [N, E]: zero where it did not choose the expert or is not real."""
+    return jnp.sum(jax.nn.one_hot(expert_NA, experts) * gate_NA[..., None], axis=1) * mask_N[:, None]
+
+
+def _block(rows: int, experts: int) -> int:
+    """What an expert takes of so many rows if they are balanced, as a power of two within bounds, so that its last
+    block is not mostly empty: 512 rows over 8 experts are taken by 64."""
+    balanced = 1 << (max(1, rows // experts) - 1).bit_length()
+    return min(rows, _LARGEST_BLOCK, max(_SMALLEST_BLOCK, balanced))
+
+
 def _in_blocks(x_MD: jax.Array, sizes_E: jax.Array, experts: tuple[SwiGLU, ...], execution: Execution) -> jax.Array:
     """Rows in expert order, each through its expert, [M, D]; what stands in rows beyond the sizes' sum means nothing.
 
     A loop is as long as its expert has blocks. The last one runs on into rows of the next expert, which then writes
     them again.
     """
-    num_rows, block = x_MD.shape[0], min(_BLOCK, x_MD.shape[0])
+    num_rows = x_MD.shape[0]
+    block = _block(num_rows, len(experts))
     x_MD = jnp.pad(x_MD, [(0, block), (0, 0)])
     y_MD = jnp.zeros(x_MD.shape, execution.activation_dtype)
     starts_E = jnp.cumsum(sizes_E) - sizes_E

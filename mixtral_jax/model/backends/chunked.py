@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.masks import visible
 
 MOST_UNROLLED = 16
@@ -25,7 +26,11 @@ _MASKED = -1e30  # finite: a row that sees nothing yields the mean of the values
 
 
 def attend(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array, product_dtype: str
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array | Quantized,
+    v_BSKH: jax.Array | Quantized,
+    visible_BTS: jax.Array,
+    product_dtype: str,
 ) -> jax.Array:
     """Softmax attention of grouped queries over the keys that they see.
 
@@ -81,7 +86,12 @@ def self_attention(
     take = partial(_chunk, q_BTKGH, keys, segment_BT, window, product_dtype)
     if length <= chunk * MOST_UNROLLED:
         spans = [_span(start, min(start + chunk, length), keys, window) for start in range(0, length, chunk)]
-        outputs = [take(query, key, *sizes) for query, key, sizes in spans]
+        outputs: list[jax.Array] = []
+        for query, key, sizes in spans:
+            if outputs:
+                # Each after the one before, and so backward: left free, a compiler holds the scores of all at once.
+                q_BTKGH, outputs[-1] = jax.lax.optimization_barrier((q_BTKGH, outputs[-1]))
+            outputs.append(_chunk(q_BTKGH, keys, segment_BT, window, product_dtype, query, key, *sizes))
         return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
     # Without a window, later spans of queries have more keys to see: a scan's steps are all as wide as its last.
     known = isinstance(keys.first_query, int)
@@ -151,8 +161,8 @@ def _chunk(
 
 def cached_attention(
     q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BSKH: jax.Array | Quantized,
+    v_BSKH: jax.Array | Quantized,
     visible_BTS: jax.Array,
     chunk: int,
     product_dtype: str,

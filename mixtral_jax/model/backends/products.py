@@ -58,7 +58,7 @@ def einsum(
         raise ValueError(f"spec {spec!r} does not fit operands of shapes {x.shape} and {w.shape}")
     result_dtype = jnp.float32 if result_dtype is None else result_dtype
     if isinstance(w, Quantized):
-        return _quantized_product(x_dims, w_dims, y_dims, x.astype(dtype), w).astype(result_dtype)
+        return _quantized_product(x_dims, w_dims, y_dims, x, w, dtype).astype(result_dtype)
     plan = _Plan(x_dims, w_dims, y_dims, jnp.dtype(dtype), jnp.dtype(result_dtype), x.dtype, w.dtype)
     # In shard_map, a weight that is equal on all devices meets tokens that are not. Its gradient is summed over the
     # devices where it becomes varying, which is here: inside a custom VJP nothing would do it.
@@ -66,16 +66,28 @@ def einsum(
     return _product(plan, _as_varying(x, varying), _as_varying(w, varying))
 
 
-def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Quantized) -> jax.Array:
-    """The float32 product with a quantised right operand, in the dtype of x, which has room for any of its values."""
-    if not w.scales_channels([axis for axis, letter in enumerate(w_dims) if letter not in y_dims]):
-        return _contract_forward(x_dims, w_dims, y_dims, x, w.dequantized(x.dtype))
-    y = _contract_forward(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype))
-    kept = [letter for letter in w_dims if letter in y_dims]
-    scale = w.scale.reshape([w.shape[w_dims.index(letter)] for letter in kept])
-    in_order = sorted(range(len(kept)), key=lambda axis: y_dims.index(kept[axis]))
-    size = dict(zip(w_dims, w.shape, strict=True))
-    return y * scale.transpose(in_order).reshape([size[letter] if letter in kept else 1 for letter in y_dims])
+def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Quantized, dtype: DTypeLike) -> Any:
+    """The float32 product with a quantised right operand, multiplied in `dtype`, which has room for any of its values.
+
+    The scale goes where it makes no copy of w: onto the result, where it differs only along what is not summed over
+    (weights by channel, keys); else onto x, where it differs only along what x has (values, a scale a token).
+    """
+    if w.scales_only(w_dims, y_dims):
+        y = _contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.values.astype(dtype))
+        return y * _along(y_dims, w_dims, w.scale)
+    if w.scales_only(w_dims, x_dims):
+        x = x.astype(jnp.float32) * _along(x_dims, w_dims, w.scale)
+        return _contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.values.astype(dtype))
+    return _contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.dequantized(dtype))
+
+
+def _along(dims: str, w_dims: str, scale: jax.Array) -> jax.Array:
+    """The scale of an operand `w_dims`, laid out to multiply an array of the dimensions `dims`."""
+    present = [letter for letter in w_dims if letter in dims]
+    scale = jnp.squeeze(scale, [axis for axis, letter in enumerate(w_dims) if letter not in dims])
+    size = dict(zip(present, scale.shape, strict=True))
+    in_order = sorted(range(len(present)), key=lambda axis: dims.index(present[axis]))
+    return jnp.transpose(scale, in_order).reshape([size.get(letter, 1) for letter in dims])
 
 
 def _varying_axes(operand: jax.Array) -> frozenset[str]:

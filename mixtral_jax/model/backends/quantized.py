@@ -3,6 +3,8 @@
 int8 has a scale for each output channel, the same for all that is summed over, so a product takes the whole numbers
 and scales its result. int4 has a scale for each group of a channel's inputs, and is made weights of before the product.
 Both have no offset: weight = value * scale, with values from -127 to 127, or from -8 to 7.
+
+A cache in int8 has a scale for each token and head.
 """
 
 from __future__ import annotations
@@ -34,9 +36,12 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
-    def scales_channels(self, summed: list[int]) -> bool:
-        """Whether the scale is the same for all that is summed over these dimensions."""
-        return all(self.scale.shape[axis] == 1 for axis in summed)
+    def scales_only(self, dims: str, others: str) -> bool:
+        """Whether the scale differs only along those of its dimensions `dims` that are also among the others."""
+        return all(
+            size == 1 or (letter in others and size == whole)
+            for letter, size, whole in zip(dims, self.scale.shape, self.shape, strict=True)
+        )
 
     def dequantized(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """The weight, multiplied out in float32."""
@@ -45,3 +50,11 @@ class Quantized:
             if groups not in (1, size):
                 scale = jnp.repeat(scale, size // groups, axis=axis)
         return (self.values.astype(jnp.float32) * scale).astype(dtype)
+
+
+def in_int8(x: jax.Array) -> Quantized:
+    """Any array in int8, a scale for each run along its last dimension; the largest number of a run becomes 127."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+    # A run of zeros has the scale 0, and any value does.
+    return Quantized(jnp.rint(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale)

@@ -81,11 +81,18 @@ def _ragged_weight_gradient(x_MD: jax.Array, gradient_MF: jax.Array, sizes_E: ja
     return jax.lax.ragged_dot_general(
         x_MD,
         gradient_MF,
-        sizes_E,
+        _from_memory(sizes_E),
         _WEIGHT_GRADIENT,
         precision=_precision(x_MD.dtype),
         preferred_element_type=jnp.float32,
     )
+
+
+def _from_memory(sizes_E: jax.Array) -> jax.Array:
+    """The sizes; a single one as a part of two, since libtpu fails for v6e on one that a loop computed as a scalar."""
+    if sizes_E.shape[0] > 1:
+        return sizes_E
+    return jax.lax.optimization_barrier(jnp.concatenate([sizes_E, jnp.zeros_like(sizes_E)]))[:1]
 
 
 def _product_in_blocks(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype: str) -> jax.Array:

@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracles import tiny
 
-from mixtral_jax.config import Execution
+from mixtral_jax.config import Execution, MoEConfig
+from mixtral_jax.inference.decode import forward
+from mixtral_jax.inference.weights import prepare
 from mixtral_jax.model.backends.by_need import by_need
-from mixtral_jax.model.feed_forward import SwiGLU
+from mixtral_jax.model.cache import empty_cache
+from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 
 EXPERTS, DIM, HIDDEN = 4, 8, 12
 
@@ -43,7 +47,7 @@ def test_equals_the_dense_form(tokens):
     np.testing.assert_allclose(y, _dense(x, expert, gate, mask, _experts()), atol=2e-4)
 
 
-@pytest.mark.parametrize("tokens", [8, 300])
+@pytest.mark.parametrize("tokens", [1, 8, 300])
 def test_an_expert_that_no_real_token_chose_is_not_read(tokens):
     """Its weights are NaN, and so would be whatever had touched them."""
     x, expert, gate, mask = _choices(tokens)
@@ -52,3 +56,35 @@ def test_an_expert_that_no_real_token_chose_is_not_read(tokens):
     poisoned = (*experts[:3], jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), experts[3]))
     y = jax.jit(by_need, static_argnums=5)(x, expert, gate, mask, poisoned, Execution())
     np.testing.assert_allclose(y, _dense(x, expert, gate, mask, experts), atol=2e-4)
+
+
+def test_a_step_reads_the_weights_of_two_experts_a_layer(monkeypatch):
+    """Counted where a chosen expert's product runs, in the compiled step: for one text, two experts of eight a layer;
+    for four, two each, one text after another; for nine, those that any of them chose; for one that has ended, none."""
+    config = tiny.config("mixtral", num_layers=3, norm_eps=1.5e-5, moe=MoEConfig(num_experts=8, experts_per_token=2))
+    an_expert = 3 * config.dim * config.hidden_dim * 4
+    weights = prepare(tiny.params(config), config, Execution())
+    read = []
+
+    def counted(x, expert, execution):
+        jax.debug.callback(lambda: read.append(sum(leaf.nbytes for leaf in jax.tree.leaves(expert))))
+        return swiglu(x, expert, execution)
+
+    monkeypatch.setattr("mixtral_jax.model.backends.by_need.swiglu", counted)
+    step = jax.jit(lambda *inputs: forward(weights, *inputs, config, Execution()))
+
+    def bytes_of_a_step(finished):
+        batch = len(finished)
+        cache = empty_cache(config, batch, 16, "float32")
+        read.clear()
+        jax.block_until_ready(step(jnp.arange(batch)[:, None], ~jnp.array(finished)[:, None], cache))
+        jax.effects_barrier()
+        return sum(read)
+
+    assert bytes_of_a_step([False]) == config.num_layers * 2 * an_expert
+    assert bytes_of_a_step([True]) == 0
+    assert bytes_of_a_step([False] * 4) == 4 * config.num_layers * 2 * an_expert
+    nine = bytes_of_a_step([False] * 9)
+    assert config.num_layers * 2 * an_expert < nine <= config.num_layers * 8 * an_expert
+    assert bytes_of_a_step([False] + 8 * [True]) == config.num_layers * 2 * an_expert
+    assert bytes_of_a_step([False, True, True, True]) == config.num_layers * 2 * an_expert

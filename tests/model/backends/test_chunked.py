@@ -1,5 +1,7 @@
 """Chunked attention against dense float64, at every edge of the window, of the chunks and of the segments."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -118,6 +120,20 @@ def test_cached_attention_goes_by_its_mask(chunk):
     expected = [[oracle.sees(query, key, W) for key in position_S] for query in range(2, 12)]
     y = cached_attention(q, k, v, seen_BTS, chunk, "float32")
     np.testing.assert_allclose(y, oracle.attention(q, k, v, np.array([expected] * 2)), atol=5e-6)
+
+
+def test_chunks_are_taken_one_after_another():
+    """Each is held back until the one before it is done, and so backward: a TPU's compiler takes what is free of order
+    at once, and with it the scores of all chunks."""
+    q, k, v, cotangent = _inputs(16)
+
+    def gradients(q, k, v, cotangent):
+        return jax.vjp(lambda *qkv: self_attention(qkv[0], Keys(*qkv[1:]), None, None, 4, "float32"), q, k, v)[1](
+            cotangent
+        )
+
+    pair = r"\w+:f32\[2,16,2,3,8\] \w+:f32\[2,4,2,3,8\] = optimization_barrier "  # queries, and a chunk's result
+    assert len(re.findall(pair, str(jax.make_jaxpr(gradients)(q, k, v, cotangent)))) == 2 * 3
 
 
 @pytest.mark.parametrize(("window", "most"), [(1024, 0.1), (None, 0.25)])

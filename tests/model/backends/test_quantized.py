@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mixtral_jax.model.backends.products import einsum
-from mixtral_jax.model.backends.quantized import Quantized
+from mixtral_jax.model.backends.quantized import Quantized, in_int8
 
-SIZES = {"B": 2, "T": 3, "D": 8, "N": 4, "H": 6, "F": 10, "E": 3, "C": 5}
+SIZES = {"B": 2, "T": 3, "D": 8, "N": 4, "H": 6, "F": 10, "E": 3, "C": 5, "K": 2, "G": 3, "S": 7}
 SPECS = ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF", "ECD,EDF->ECF", "BTD,DF->FBT"]
 
 
@@ -37,6 +37,32 @@ def test_a_product_is_that_of_the_dequantised_weight(spec, groups, dtype, error)
     found = jax.jit(lambda x, w: einsum(spec, x, w, dtype=dtype))(x, w)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=error * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize(
+    ("spec", "kept"), [("BTKGH,BSKH->BKGTS", "BSK"), ("BKGTS,BSKH->BTKGH", "BSK"), ("ECD,EDF->ECF", "ED")]
+)
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_a_scale_of_a_token_goes_onto_scores_or_onto_their_weights(spec, kept, dtype, error):
+    x_letters, w_letters = spec.split("->")[0].split(",")
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.integers(-127, 128, [SIZES[each] for each in w_letters]), jnp.int8)
+    scale = rng.uniform(0.01, 1.5, [SIZES[each] if each in kept else 1 for each in w_letters])
+    w = Quantized(values, jnp.asarray(scale, jnp.float32))
+    x = jnp.asarray(rng.standard_normal([SIZES[each] for each in x_letters]), dtype).astype(jnp.float32)
+    product = jax.jit(lambda x, w: einsum(spec, x, w, dtype=dtype))
+    expected = jnp.einsum(spec, x, w.dequantized())
+    np.testing.assert_allclose(product(x, w), expected, atol=error * float(jnp.abs(expected).max()))
+    # No array of the whole numbers' shape is multiplied by anything before the product.
+    jaxpr = str(jax.make_jaxpr(lambda x, w: einsum(spec, x, w, dtype=dtype))(x, w))
+    shape = ",".join(str(size) for size in values.shape)
+    assert not [line for line in jaxpr.splitlines() if f"[{shape}] = mul" in line]
+
+
+def test_in_int8_by_hand():
+    found = in_int8(jnp.array([[0.0, 0.0, 0.0], [-254.0, 3.0, 1.0]]))
+    np.testing.assert_array_equal(found.values, [[0, 0, 0], [-127, 2, 0]])  # 1.5 to the even 2, 0.5 to 0
+    np.testing.assert_array_equal(found.scale, [[0.0], [2.0]])
 
 
 def test_int8_by_channel_takes_whole_numbers_as_they_are():

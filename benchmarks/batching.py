@@ -1,0 +1,47 @@
+"""Many requests at a time against one after another, in the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from benchmarks.timing import Row, interleave, rates
+from mixtral_jax.config import Execution, ModelConfig
+from mixtral_jax.inference.engine import Engine
+from mixtral_jax.inference.requests import EngineConfig, Request
+from mixtral_jax.inference.runner import Loaded
+from mixtral_jax.inference.weights import prepare
+from mixtral_jax.model.transformer import init_params
+
+REQUESTS, PROMPT, NEW = 64, 32, 32
+OURS = f"{REQUESTS} at a time"
+
+
+def batching(config: ModelConfig, repeats: int) -> list[Row]:
+    """64 texts of 32 tokens and 32 more, all at once in 64 slots, and one after another in one slot."""
+    execution = Execution(product_dtype="float32")
+    params = nn.unbox(init_params(config, jax.random.key(0)))
+    loaded = Loaded(prepare(params, config, execution), config, execution)
+    calls = {OURS: _requests(loaded, REQUESTS, REQUESTS), "one at a time": _requests(loaded, 1, 8)}
+    seconds = interleave(calls, repeats, warm_up=1)
+    # The eight of one call stand for as many calls as it takes for all.
+    seconds["one at a time"] = [each * REQUESTS / 8 for each in seconds["one at a time"]]
+    return rates("engine", "new tokens/s", REQUESTS * NEW, seconds, OURS)
+
+
+def _requests(loaded: Loaded, slots: int, count: int) -> Callable[[], Any]:
+    engine = Engine(loaded, EngineConfig(slots=slots, max_length=PROMPT + NEW, prefill_chunk=256, prefix_blocks=0))
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, loaded.config.vocab_size, (count, PROMPT)).tolist()
+
+    def call() -> None:
+        for prompt in prompts:
+            engine.submit(Request(prompt=tuple(prompt), max_new_tokens=NEW))
+        while engine.busy:
+            engine.step()
+
+    return call
