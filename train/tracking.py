@@ -66,7 +66,9 @@ class Tracker:
     def before(self, step: int) -> None:
         """Before a step is begun, counted from 0: a trace begins with its first, as soon as that is the next."""
         if self._steps is not None and not self._tracing and step + 1 in self._steps:
-            jax.profiler.start_trace(str(self._folder / PROFILE))  # type: ignore[operator]
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every call in every thread: it slows the steps that it is to show
+            jax.profiler.start_trace(str(self._folder / PROFILE), profiler_options=options)  # type: ignore[operator]
             self._tracing = True
 
     def after(self, values: dict[str, Any]) -> None:

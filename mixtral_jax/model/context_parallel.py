@@ -1,4 +1,5 @@
-"""Attention over a sequence that is split over the mesh: which keys and values a shard needs of the others.
+"""Attention over a mesh: each device its own texts and heads, and of a sequence that is split, which keys and values a
+shard needs of the others.
 
 With a window of W a shard's queries see the W - 1 keys before its own first one: it gets those from its neighbours to
 the left, whatever the sequence's length. With 4 tokens a shard and W = 7, shard 2 (tokens 8..11) needs tokens 2..7:
@@ -17,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.model.backends.chunked import Keys, self_attention
+from mixtral_jax.model.backends import chunked, splash
+from mixtral_jax.model.backends.chunked import Keys
 from mixtral_jax.sharding.mesh import current_mesh
-from mixtral_jax.sharding.partition import token_axes
 from mixtral_jax.sharding.rules import Rules
 
 
@@ -33,23 +34,41 @@ def attention(
     product_dtype: str,
     rules: Rules,
 ) -> jax.Array:
-    """What `self_attention` gives, float32 [B, T, K, G, H], where T may be split over the current mesh."""
-    settings: Any = {"window": window, "chunk": chunk, "product_dtype": product_dtype}
-    axes, mesh = rules.mesh_axes("length"), current_mesh()
-    if mesh is None or all(mesh.shape[axis] == 1 for axis in axes):
-        return self_attention(q_BTKGH, Keys(k_BTKH, v_BTKH, segment_BT), segment_BT, **settings)
-    (axis,) = axes
+    """What `chunked.self_attention` gives, float32 [B, T, K, G, H], of arrays that the current mesh may split."""
+    on_device = partial(_on_device, window=window, chunk=chunk, product_dtype=product_dtype)
+    mesh, axes = current_mesh(), rules.mesh_axes("length")
+    if mesh is None:
+        return on_device(q_BTKGH, Keys(k_BTKH, v_BTKH, segment_BT), segment_BT)
+    split = any(mesh.shape[axis] > 1 for axis in axes)
     gather = _all if window is None else partial(_neighbours, halo=window - 1)
 
     def on_shard(q_BTKGH: jax.Array, *own: Any) -> jax.Array:
         keys = Keys(*own)
-        return self_attention(q_BTKGH, gather(keys, axis), keys.segment_BS, **settings)
+        return on_device(q_BTKGH, gather(keys, *axes) if split else keys, keys.segment_BS)
 
-    # Over the batch's axes too: the compiler would gather whole batches around a collective that it did not place.
-    split = rules.use(("batch", "length"))
-    names = set(token_axes(rules))
-    mapped = jax.shard_map(on_shard, in_specs=split, out_specs=split, axis_names=names, check_vma=False)
+    # Over every axis: a compiler gathers whole batches around a collective, or a kernel, that it did not place.
+    layout = rules.use(("batch", "length", "kv_heads"))
+    specs = (layout, layout, layout, rules.use(("batch", "length")))
+    mapped = jax.shard_map(on_shard, in_specs=specs, out_specs=layout, check_vma=False)
     mixed_BTKGH: jax.Array = mapped(q_BTKGH, k_BTKH, v_BTKH, segment_BT)
+    return mixed_BTKGH
+
+
+def _on_device(
+    q_BTKGH: jax.Array,
+    keys: Keys,
+    segment_BT: jax.Array | None,
+    window: int | None,
+    chunk: int,
+    product_dtype: str,
+) -> jax.Array:
+    """By the kernel of the platform that is compiled for."""
+    given = q_BTKGH, keys, segment_BT, window
+    by_xla = partial(chunked.self_attention, *given, chunk, product_dtype)
+    if not splash.suits(q_BTKGH, keys, product_dtype):
+        return by_xla()
+    by_splash = partial(splash.self_attention, *given, product_dtype)
+    mixed_BTKGH: jax.Array = jax.lax.platform_dependent(tpu=by_splash, default=by_xla)
     return mixed_BTKGH
 
 

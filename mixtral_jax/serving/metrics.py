@@ -43,9 +43,11 @@ class Metrics:
     def note_tokens(self, count: int, seconds: float, is_first: bool) -> None:
         """So many tokens of a text came together, so long after those before or, the first, after the request."""
         self._completion_tokens.inc(count)
+        gaps = count
         if is_first:
             self._first_token.observe(seconds)
-        else:
+            gaps, seconds = count - 1, 0.0
+        for _ in range(gaps):
             self._next_token.observe(seconds / count)
 
     def watch(self, name: str, what: str, value: Callable[[], float]) -> None:
