@@ -7,7 +7,9 @@ and keys that a mask hides. Utilisation is of the model's own operations (`model
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
+from mixtral_jax.model.backends import splash
 from mixtral_jax.model.backends.chunked import MOST_UNROLLED, SPANS
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.planning.job import DTYPE_BYTES, Job
@@ -19,6 +21,10 @@ SCORE_BYTES_FORWARD = 12
 SCORE_BYTES_BACKWARD = 24
 OPTIMIZER_PASSES = 7
 """Arrays as large as the weights that an update moves: weights and two moments read and written, gradients read."""
+
+
+AttentionKernel: TypeAlias = Literal["xla", "splash", "ideal"]
+"""`splash` keeps scores on the chip, and computes blocks of them that some query sees; `ideal` only those seen."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,9 @@ def halo_tokens(job: Job) -> int:
     return min(window - 1, own * (job.mesh.context - 1))
 
 
-def training_work(job: Job, fused_attention: bool = False) -> list[Work]:
-    """A step's parts. `fused_attention`: as if a kernel kept scores on the chip and saw no hidden keys."""
-    return [_projections(job), _attention(job, fused_attention), _feed_forward(job), _loss(job), _update(job)]
+def training_work(job: Job, kernel: AttentionKernel = "xla") -> list[Work]:
+    """A step's parts."""
+    return [_projections(job), _attention(job, kernel), _feed_forward(job), _loss(job), _update(job)]
 
 
 def _passes(job: Job) -> int:
@@ -104,20 +110,35 @@ def _projections(job: Job) -> Work:
     return Work("projections", flops * times, moved * times)
 
 
-def _attention(job: Job, fused: bool) -> Work:
-    model = job.model
-    scores = local_scores(job) * job.local_rows * model.num_heads // job.mesh.tensor
-    if fused:
+def _attention(job: Job, kernel: AttentionKernel) -> Work:
+    model, remat = job.model, job.execution.remat != "none"
+    # A pass is two products as large as the scores. Forward is one, and again where a layer is repeated. Backward, XLA
+    # does four products and those of the chunk again; splash seven, in two kernels that both compute the scores anew.
+    passes = {"xla": 4.0, "splash": 4.5, "ideal": 3.0}[kernel] + remat
+    heads = job.local_rows * model.num_heads // job.mesh.tensor
+    scores, moved = local_scores(job) * heads, 0.0
+    if kernel == "xla":
+        moved = scores * ((2 + remat) * SCORE_BYTES_FORWARD + SCORE_BYTES_BACKWARD)
+    elif kernel == "splash":
+        scores = block_scores(job) * heads
+    else:
         span = job.length if model.sliding_window is None else min(model.sliding_window, job.length)
         visible = span * (span + 1) / 2 + (job.length - span) * span
-        scores = int(visible / job.mesh.context * job.local_rows * model.num_heads / job.mesh.tensor)
-    # Scores and mixed values, forward; again for the backward pass of a chunk, and of a layer that is repeated; and
-    # twice backward.
-    passes = (3 if fused else 4) + (job.execution.remat != "none")
-    forwards = passes - 2
-    moved = 0 if fused else scores * (forwards * SCORE_BYTES_FORWARD + SCORE_BYTES_BACKWARD)
+        scores = int(visible / job.mesh.context * heads)
     times = model.num_layers * job.accumulation
     return Work("attention", 4 * model.head_dim * scores * passes * times, moved * times)
+
+
+def block_scores(job: Job) -> int:
+    """Scores of a row and a head in the blocks that splash computes, which some query of theirs sees."""
+    window, own = job.model.sliding_window, job.local_length
+    block = next(size for size in splash.BLOCKS if own % size == 0)
+    before = 0 if job.mesh.context == 1 else -(-halo_tokens(job) // block) * block
+    scores = 0
+    for start in range(before, before + own, block):
+        first = 0 if window is None else max(0, start - window + 1) // block * block
+        scores += block * (start + block - first)
+    return scores
 
 
 def expert_passes(job: Job) -> int:

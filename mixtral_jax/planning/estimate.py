@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.flops import training_flops
-from mixtral_jax.planning.counts import Work, decoding_work, prefill_work, training_work
+from mixtral_jax.planning.counts import AttentionKernel, Work, decoding_work, prefill_work, training_work
 from mixtral_jax.planning.interconnect import seconds
 from mixtral_jax.planning.job import Job
 from mixtral_jax.planning.memory import PREFILL_CHUNK
@@ -67,14 +67,19 @@ class Estimate:
     """With each query against the whole sequence."""
 
 
-def estimate(job: Job, machine: Topology, fused_attention: bool = False) -> Estimate:
-    """Of a step of training; see `counts.training_work` for fused_attention.
+def estimate(job: Job, machine: Topology, kernel: AttentionKernel | None = None) -> Estimate:
+    """Of a step of training.
+
+    Args:
+      kernel: of attention; None: ours on that machine.
 
     Raises:
       InputError: nothing is known of the chip.
     """
     peak = _chip(machine).bf16_flops * job.num_chips
-    found = _timed(job, machine, training_work(job, fused_attention), training_transfers(job), job.tokens)
+    if kernel is None:
+        kernel = "splash" if machine.is_tpu and job.suits_splash else "xla"
+    found = _timed(job, machine, training_work(job, kernel), training_transfers(job), job.tokens)
     model = training_flops(job.model, job.length)
     rate = found.tokens_per_second
     return Estimate(**{**vars(found), "mfu": model.causal * rate / peak, "mfu_full": model.full * rate / peak})

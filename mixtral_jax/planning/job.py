@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig
 from mixtral_jax.errors import InputError
+from mixtral_jax.model.backends.splash import LANES
 from mixtral_jax.model.dispatch import capacity, group
 from mixtral_jax.quantization import Bits, groups
 from mixtral_jax.sharding.axes import MESH_AXES
@@ -84,6 +85,13 @@ class Job:
         size = group(self.local_length, self.dispatch.group_size)
         places = capacity(self.dispatch, size, moe.experts_per_token, moe.num_experts)
         return moe.num_experts * places * (self.local_tokens // size)
+
+    @property
+    def suits_splash(self) -> bool:
+        """Whether the TPU's attention kernel takes its sequences; see `backends.splash.suits`."""
+        known = self.mesh.context == 1 or self.model.sliding_window is not None
+        whole = self.local_length % LANES == 0 and self.model.head_dim % LANES == 0
+        return not self.serve and known and whole and self.execution.product_dtype == "bfloat16"
 
     @property
     def repeats_no_experts(self) -> bool:

@@ -6,6 +6,8 @@ hold nothing, is said by segments.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
@@ -54,8 +56,9 @@ def self_attention(
         for x_BSKH in (keys.k_BSKH, keys.v_BSKH)
     )
     kernel = _kernel(num_kv_heads * num_groups, (length, num_places), first_query, window, block, interpret)
-    mixed_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, _segments(keys, segment_BT, padding, (batch, length)))
-    return mixed_BNTH.transpose(0, 2, 1, 3).reshape(q_BTKGH.shape).astype(jnp.float32)
+    mixed_BNTH: Any = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, _segments(keys, segment_BT, padding, (batch, length)))
+    mixed_BTKGH: jax.Array = mixed_BNTH.transpose(0, 2, 1, 3).reshape(q_BTKGH.shape).astype(jnp.float32)
+    return mixed_BTKGH
 
 
 def _segments(
