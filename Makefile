@@ -8,7 +8,7 @@ VENV ?= .venv
 RUN ?= runs/demo
 PROMPT ?= def __init__(self
 SOAK_MINUTES ?= 30
-PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadgroup
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 bin := $(VENV)/bin
 # Twice quiet: errors alone are printed.

@@ -12,9 +12,6 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-# One worker builds, for all of them.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 ROOT = Path(__file__).parent.parent
 MAPPED = ("configs", "sharding", "train")
 BUILD = (sys.executable, "-m", "build", "--no-isolation")

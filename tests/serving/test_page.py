@@ -27,10 +27,7 @@ FLAGS = (
     "--window-size=900,700",
 )
 
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="no chromium and chromedriver here"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="no chromium and chromedriver here")
 
 
 @pytest.fixture(scope="module")

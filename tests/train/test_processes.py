@@ -110,7 +110,6 @@ def _losses(folder):
     return [each["loss"] for each in metrics.read(folder / metrics.METRICS)]
 
 
-@pytest.mark.xdist_group("processes")
 def test_four_train_what_one_trains(toy_config, tmp_path, whole):
     """On a mesh whose axes, `context` among them, lie over several processes."""
     folder = tmp_path / "run"
@@ -120,7 +119,6 @@ def test_four_train_what_one_trains(toy_config, tmp_path, whole):
     assert ["loss" in log.read_text() for log in processes.logs] == [True, False, False, False]
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_hosts_train_what_one_process_trains(toy_config, tmp_path, whole, hosts):
     folder = tmp_path / "run"
     processes = Processes(toy_config, folder, 2, TWO, hosts=hosts)
@@ -128,13 +126,11 @@ def test_two_hosts_train_what_one_process_trains(toy_config, tmp_path, whole, ho
     np.testing.assert_allclose(_losses(folder), _losses(whole[0]), rtol=1e-5)
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("apart", [False, True], ids=["one host", "two hosts"])
 def test_sigterm_to_one_stops_both_at_one_step_and_one_goes_on(toy_config, tmp_path, apart, request):
     _stop(toy_config, tmp_path, signal.SIGTERM, request.getfixturevalue("hosts") if apart else ())
 
 
-@pytest.mark.xdist_group("processes")
 def test_sigint_does_as_well(toy_config, tmp_path):
     _stop(toy_config, tmp_path, signal.SIGINT)
 
@@ -152,7 +148,6 @@ def _stop(toy_config, tmp_path, number, hosts=()):
     assert len(_losses(folder)) == done + 2
 
 
-@pytest.mark.xdist_group("processes")
 def test_none_outlives_one_that_is_killed_and_its_run_goes_on(toy_config, tmp_path):
     folder = tmp_path / "run"
     processes = Processes(toy_config, folder, 2, [*TWO, "steps=2000", "save_every=2", "validate_every=none"])
@@ -168,7 +163,6 @@ def test_none_outlives_one_that_is_killed_and_its_run_goes_on(toy_config, tmp_pa
     assert len(_losses(folder)) == saved + 2
 
 
-@pytest.mark.xdist_group("processes")
 def test_an_exception_in_one_ends_both(toy_config, tmp_path):
     folder, settings = tmp_path / "run", [*TWO, "steps=2000", "save_every=1000", "validate_every=none"]
     faulty = [sys.executable, "-m", "benchmarks.chaos.injected", "error=3,1", "train"]
@@ -179,7 +173,6 @@ def test_an_exception_in_one_ends_both(toy_config, tmp_path):
     assert "RuntimeError: injected at step 3" in processes.logs[1].read_text()
 
 
-@pytest.mark.xdist_group("processes")
 def test_what_one_refuses_ends_all(toy_config, tmp_path):
     """The first finds the folder taken by something else."""
     (tmp_path / "run").mkdir()
