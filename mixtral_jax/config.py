@@ -133,8 +133,11 @@ class Execution:
     """Operands of matrix products; they accumulate in float32."""
     cache_dtype: CacheDtype | None = None
     """Keys and values that decoding keeps; None: the dtype of products. `int8` has a scale for each token and head."""
+    attention: Literal["xla", "splash"] = "xla"
+    """What computes the attention of a sequence to itself. `splash`: on TPU, and where it takes the shapes, a kernel
+    that keeps scores on the chip."""
     attention_chunk: int = 128
-    """Queries that the chunked backend takes at a time."""
+    """Queries that XLA's attention takes at a time."""
     remat: Literal["none", "products", "full"] = "none"
     """What the backward pass computes again, a layer at a time, besides attention scores, which it always does.
     `products`: all but the results of matrix products; `full`: everything."""

@@ -56,7 +56,7 @@ class Attention(nn.Module):
             visible_BTS = context.view.visible_BTS
         if visible_BTS is None:
             window = config.sliding_window
-            mixed = attention(q_BTKGH, k_BTKH, v_BTKH, context.segment_BT, window, chunk, dtype, self.rules)
+            mixed = attention(q_BTKGH, k_BTKH, v_BTKH, context.segment_BT, window, execution, self.rules)
         else:
             mixed = cached_attention(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, chunk, dtype)
         mixed_BTNH = mixed.astype(execution.activation_dtype).reshape(q_BTNH.shape)

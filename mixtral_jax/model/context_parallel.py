@@ -18,9 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mixtral_jax.config import Execution
 from mixtral_jax.model.backends import chunked, splash
 from mixtral_jax.model.backends.chunked import Keys
 from mixtral_jax.sharding.mesh import current_mesh
+from mixtral_jax.sharding.partition import token_axes
 from mixtral_jax.sharding.rules import Rules
 
 
@@ -30,45 +32,42 @@ def attention(
     v_BTKH: jax.Array,
     segment_BT: jax.Array | None,
     window: int | None,
-    chunk: int,
-    product_dtype: str,
+    execution: Execution,
     rules: Rules,
 ) -> jax.Array:
     """What `chunked.self_attention` gives, float32 [B, T, K, G, H], of arrays that the current mesh may split."""
-    on_device = partial(_on_device, window=window, chunk=chunk, product_dtype=product_dtype)
-    mesh, axes = current_mesh(), rules.mesh_axes("length")
-    if mesh is None:
+    on_device = partial(_on_device, window=window, execution=execution)
+    mesh, axes, by_kernel = current_mesh(), rules.mesh_axes("length"), execution.attention == "splash"
+    split = mesh is not None and any(mesh.shape[axis] > 1 for axis in axes)
+    if mesh is None or not (split or by_kernel):
         return on_device(q_BTKGH, Keys(k_BTKH, v_BTKH, segment_BT), segment_BT)
-    split = any(mesh.shape[axis] > 1 for axis in axes)
     gather = _all if window is None else partial(_neighbours, halo=window - 1)
 
     def on_shard(q_BTKGH: jax.Array, *own: Any) -> jax.Array:
         keys = Keys(*own)
         return on_device(q_BTKGH, gather(keys, *axes) if split else keys, keys.segment_BS)
 
-    # Over every axis: a compiler gathers whole batches around a collective, or a kernel, that it did not place.
-    layout = rules.use(("batch", "length", "kv_heads"))
-    specs = (layout, layout, layout, rules.use(("batch", "length")))
-    mapped = jax.shard_map(on_shard, in_specs=specs, out_specs=layout, check_vma=False)
+    # Over the batch's axes too: the compiler would gather whole batches around a collective that it did not place. A
+    # kernel it can't divide at all.
+    tokens = rules.use(("batch", "length"))
+    layout = rules.use(("batch", "length", "kv_heads")) if by_kernel else tokens
+    names = set(mesh.axis_names if by_kernel else token_axes(rules))
+    specs = (layout, layout, layout, tokens)
+    mapped = jax.shard_map(on_shard, in_specs=specs, out_specs=layout, axis_names=names, check_vma=False)
     mixed_BTKGH: jax.Array = mapped(q_BTKGH, k_BTKH, v_BTKH, segment_BT)
     return mixed_BTKGH
 
 
 def _on_device(
-    q_BTKGH: jax.Array,
-    keys: Keys,
-    segment_BT: jax.Array | None,
-    window: int | None,
-    chunk: int,
-    product_dtype: str,
+    q_BTKGH: jax.Array, keys: Keys, segment_BT: jax.Array | None, window: int | None, execution: Execution
 ) -> jax.Array:
-    """By the kernel of the platform that is compiled for."""
-    given = q_BTKGH, keys, segment_BT, window
-    by_xla = partial(chunked.self_attention, *given, chunk, product_dtype)
-    if not splash.suits(q_BTKGH, keys, product_dtype):
+    given, dtype = (q_BTKGH, keys, segment_BT, window), execution.product_dtype
+    by_xla = partial(chunked.self_attention, *given, execution.attention_chunk, dtype)
+    if execution.attention == "xla" or not splash.suits(q_BTKGH, keys, dtype):
         return by_xla()
-    by_splash = partial(splash.self_attention, *given, product_dtype)
-    mixed_BTKGH: jax.Array = jax.lax.platform_dependent(tpu=by_splash, default=by_xla)
+    mixed_BTKGH: jax.Array = jax.lax.platform_dependent(
+        tpu=partial(splash.self_attention, *given, dtype), default=by_xla
+    )
     return mixed_BTKGH
 
 

@@ -87,11 +87,12 @@ class Job:
         return moe.num_experts * places * (self.local_tokens // size)
 
     @property
-    def suits_splash(self) -> bool:
-        """Whether the TPU's attention kernel takes its sequences; see `backends.splash.suits`."""
+    def by_splash(self) -> bool:
+        """Whether on TPU the kernel that is asked for takes its sequences; see `backends.splash.suits`."""
         known = self.mesh.context == 1 or self.model.sliding_window is not None
         whole = self.local_length % LANES == 0 and self.model.head_dim % LANES == 0
-        return not self.serve and known and whole and self.execution.product_dtype == "bfloat16"
+        asked = self.execution.attention == "splash" and not self.serve
+        return asked and known and whole and self.execution.product_dtype == "bfloat16"
 
     @property
     def repeats_no_experts(self) -> bool:

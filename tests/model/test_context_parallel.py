@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from mixtral_jax.config import Execution
 from mixtral_jax.model.context_parallel import attention, halo_pieces
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 from mixtral_jax.sharding.rules import TRAINING
@@ -39,8 +40,9 @@ def _segments():
     return jnp.asarray(segment)
 
 
-def _value_and_gradients(window, segment, chunk, q, k, v):
-    y, vjp = jax.vjp(lambda *qkv: attention(*qkv, segment, window, chunk, "float32", TRAINING), q, k, v)
+def _value_and_gradients(window, segment, chunk, q, k, v, kernel="xla"):
+    execution = Execution(attention_chunk=chunk, attention=kernel)
+    y, vjp = jax.vjp(lambda *qkv: attention(*qkv, segment, window, execution, TRAINING), q, k, v)
     return y, *vjp(jnp.sin(y))
 
 

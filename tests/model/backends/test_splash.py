@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.config import Execution
 from mixtral_jax.model.backends import chunked, splash
 from mixtral_jax.model.backends.chunked import Keys
 from mixtral_jax.model.context_parallel import attention
@@ -74,6 +75,12 @@ def test_what_it_takes(length, head_dim, dtype, first_query, taken):
 
 def test_programs_for_tpu_have_it_and_others_do_not():
     q, k, v, _ = _inputs()
-    traced = jax.jit(lambda q, k, v: attention(q, k, v, None, 100, 128, "bfloat16", TRAINING)).trace(q, k, v)
-    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+    def has_it(kernel, platform):
+        execution = Execution(product_dtype="bfloat16", attention=kernel)
+        traced = jax.jit(lambda q, k, v: attention(q, k, v, None, 100, execution, TRAINING)).trace(q, k, v)
+        return "tpu_custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert has_it("splash", "tpu")
+    assert not has_it("splash", "cpu")
+    assert not has_it("xla", "tpu")
