@@ -1,7 +1,7 @@
-"""`python -m benchmarks [NAME ...]`: the tiny Mixtral beside Hugging Face transformers, and how cost grows.
+"""`python -m benchmarks [NAME ...]`: the tiny Mixtral beside Hugging Face transformers, its pieces, and how cost grows.
 
-Rates are medians of interleaved repeats. All contenders share the process, its threads and its settings of the C
-library's memory.
+Numbers are medians of interleaved repeats. All contenders share the process, its threads and its settings of the C
+library's memory, but for `compile` and `memory`, where each has a fresh process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from flax import linen as nn  # noqa: E402
 
-from benchmarks import batching, growth, huggingface, ours, overhead, sparse  # noqa: E402
+from benchmarks import batching, growth, huggingface, ours, overhead, pieces, processes, sparse  # noqa: E402
 from benchmarks.timing import Row, interleave, rates, show  # noqa: E402
 from mixtral_jax.config import model_config  # noqa: E402
 from mixtral_jax.model.transformer import init_params  # noqa: E402
@@ -79,11 +79,16 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "decode-b8": lambda repeats: _decode(8, repeats),
     "train-b4": lambda repeats: _train(4, repeats),
     "train-b8": lambda repeats: _train(8, repeats),
+    "cross-entropy": pieces.cross_entropy,
+    "experts": pieces.experts,
+    "attention": pieces.attention,
     "window": growth.window,
     "engine": lambda repeats: batching.batching(CONFIG, repeats),
     "overhead": overhead.overhead,
     "sparse": sparse.decode,
     "sparse-switch": sparse.switch,
+    "compile": processes.compiling,
+    "memory": processes.memory,
 }
 
 

@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def model(config: ModelConfig, params: Any, dtype: str) -> Any:
-    """Its model with our weights, with its own choice of attention and experts kernels."""
+    """Its model with our weights (None: random ones), with its own choice of attention and experts kernels."""
     theirs = to_huggingface(config, params, DTYPES[dtype])
     theirs.set_attn_implementation("sdpa")
     return theirs

@@ -21,7 +21,7 @@ class Row:
     least: float
     most: float
     ratio: float
-    """Of the medians, ours over this one's; for a rate, above 1 where we are faster."""
+    """Of the medians, ours over this one's: we are ahead above 1 where it is a rate, below 1 where less is better."""
 
 
 def interleave(contenders: dict[str, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
@@ -38,21 +38,28 @@ def interleave(contenders: dict[str, Callable[[], object]], repeats: int, warm_u
 
 def rates(benchmark: str, unit: str, work: float, seconds: dict[str, list[float]], ours: str) -> list[Row]:
     """Work a second of each contender, and ours over it."""
-    medians = {name: work / statistics.median(times) for name, times in seconds.items()}
+    return amounts(benchmark, unit, {name: [work / each for each in times] for name, times in seconds.items()}, ours)
+
+
+def amounts(benchmark: str, unit: str, found: dict[str, list[float]], ours: str) -> list[Row]:
+    """What was found of each contender, in any unit, and ours over it."""
+    medians = {name: statistics.median(each) for name, each in found.items()}
     return [
-        Row(benchmark, name, unit, medians[name], work / max(times), work / min(times), medians[ours] / medians[name])
-        for name, times in seconds.items()
+        Row(benchmark, name, unit, medians[name], min(each), max(each), medians[ours] / medians[name])
+        for name, each in found.items()
     ]
 
 
 def show(rows: list[Row], path: Path | None) -> None:
     """Prints the rows as a table, and writes them as JSON."""
-    print(f"{'benchmark':<24} {'contender':<34} {'median':>10} {'least':>10} {'most':>10}  {'ours/it':>7}")
+    print(f"{'benchmark':<38} {'contender':<34} {'median':>10} {'least':>10} {'most':>10}  {'ours/it':>7}")
     for row in rows:
         name = f"{row.benchmark} ({row.unit})"
-        print(
-            f"{name:<24} {row.contender:<34} {row.median:>10,.0f} {row.least:>10,.0f} {row.most:>10,.0f}"
-            f"  {row.ratio:>7.2f}"
-        )
+        median, least, most = (_number(each) for each in (row.median, row.least, row.most))
+        print(f"{name:<38} {row.contender:<34} {median:>10} {least:>10} {most:>10}  {row.ratio:>7.2f}")
     if path is not None:
         path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"

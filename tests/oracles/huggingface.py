@@ -12,7 +12,10 @@ from mixtral_jax.config import ModelConfig
 
 
 def to_huggingface(config: ModelConfig, params: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A MistralForCausalLM or MixtralForCausalLM with these weights, for inference, with eager attention."""
+    """A MistralForCausalLM or MixtralForCausalLM with these weights, for inference, with eager attention.
+
+    None for the weights: its own, drawn at random.
+    """
     common = {
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,
@@ -33,8 +36,9 @@ def to_huggingface(config: ModelConfig, params: Any, dtype: torch.dtype = torch.
     else:
         experts = {"num_local_experts": config.moe.num_experts, "num_experts_per_tok": config.moe.experts_per_token}
         model = MixtralForCausalLM(MixtralConfig(**common, **experts))
-    state = {name: torch.from_numpy(np.array(array)) for name, array in _tensors(config, params).items()}
-    model.load_state_dict(state, strict=not config.tie_embeddings)
+    if params is not None:
+        state = {name: torch.from_numpy(np.array(array)) for name, array in _tensors(config, params).items()}
+        model.load_state_dict(state, strict=not config.tie_embeddings)
     return model.to(dtype).eval()
 
 
