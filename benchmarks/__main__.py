@@ -1,7 +1,8 @@
 """`python -m benchmarks [NAME ...]`: the tiny Mixtral beside Hugging Face transformers, its pieces, and how cost grows.
 
 Numbers are medians of interleaved repeats. All contenders share the process, its threads and its settings of the C
-library's memory, but for `compile` and `memory`, where each has a fresh process.
+library's memory, but for `compile` and `memory`, where each has a fresh process, and for MaxText (--maxtext), whose
+processes have the same settings and wait for their turns.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from flax import linen as nn  # noqa: E402
 
-from benchmarks import batching, growth, huggingface, ours, overhead, pieces, processes, sparse  # noqa: E402
+from benchmarks import batching, growth, huggingface, maxtext, ours, overhead, pieces, processes, sparse  # noqa: E402
 from benchmarks.timing import Row, interleave, rates, show  # noqa: E402
 from mixtral_jax.config import model_config  # noqa: E402
+from mixtral_jax.errors import InputError  # noqa: E402
 from mixtral_jax.model.transformer import init_params  # noqa: E402
 
 LENGTH = 512
@@ -40,7 +44,7 @@ def _setup(batch: int, length: int) -> tuple[Any, np.ndarray]:
     return params, tokens_BT
 
 
-def _train(batch: int, repeats: int) -> list[Row]:
+def _train(batch: int, repeats: int, python: Path | None = None) -> list[Row]:
     params, tokens_BT = _setup(batch, LENGTH)
     contenders: dict[str, Callable[[], object]] = {
         OURS: ours.train(CONFIG, params, tokens_BT, "bfloat16"),
@@ -48,7 +52,12 @@ def _train(batch: int, repeats: int) -> list[Row]:
         "ours, float32 products": ours.train(CONFIG, params, tokens_BT, "float32"),
     }
     contenders |= {name: huggingface.train(CONFIG, params, tokens_BT, dtype) for dtype, name in THEIRS.items()}
-    return rates(f"train B{batch}", "tokens/s", tokens_BT.size, interleave(contenders, repeats), OURS)
+    with ExitStack() as peers:
+        for dtype in maxtext.DTYPES if python else ():
+            peer = maxtext.train(python, CONFIG, batch, LENGTH, dtype)
+            contenders[f"MaxText, {dtype}"] = peers.enter_context(peer)
+        seconds = interleave(contenders, repeats)
+    return rates(f"train B{batch}", "tokens/s", tokens_BT.size, seconds, OURS)
 
 
 def _prefill(batch: int, repeats: int) -> list[Row]:
@@ -73,12 +82,15 @@ def _decode(batch: int, repeats: int) -> list[Row]:
     return rates(f"decode B{batch}", "tokens/s", batch * NEW_TOKENS, interleave(contenders, repeats), OURS)
 
 
+WITH_MAXTEXT: dict[str, Callable[..., list[Row]]] = {
+    "train-b4": partial(_train, 4),
+    "train-b8": partial(_train, 8),
+}
 BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "prefill": lambda repeats: _prefill(8, repeats),
-    "decode-b1": lambda repeats: _decode(1, repeats),
-    "decode-b8": lambda repeats: _decode(8, repeats),
-    "train-b4": lambda repeats: _train(4, repeats),
-    "train-b8": lambda repeats: _train(8, repeats),
+    "decode-b1": partial(_decode, 1),
+    "decode-b8": partial(_decode, 8),
+    **WITH_MAXTEXT,
     "cross-entropy": pieces.cross_entropy,
     "experts": pieces.experts,
     "attention": pieces.attention,
@@ -98,12 +110,22 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument(
+        "--maxtext", type=Path, metavar="ENVIRONMENT", help="add MaxText, which `make maxtext` installs"
+    )
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    benchmarks = dict(BENCHMARKS)
+    if arguments.maxtext:
+        try:
+            python = maxtext.python_of(arguments.maxtext)
+        except InputError as error:
+            parser.error(str(error))
+        benchmarks |= {name: partial(run, python=python) for name, run in WITH_MAXTEXT.items()}
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    rows = [row for name in arguments.names or BENCHMARKS for row in BENCHMARKS[name](arguments.repeats)]
+    rows = [row for name in arguments.names or benchmarks for row in benchmarks[name](arguments.repeats)]
     show(rows, arguments.json)
 
 
