@@ -42,6 +42,7 @@ def forget_programs():
         gc.collect()
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_handlecrashitem(crashitem, report):
     """A worker died in this test, by XLA's abort or the limit for a test that hangs: eight devices on two cores may do
     that to each other. Runs it again, alone; it fails if it does not pass then."""

@@ -96,6 +96,6 @@ class BucketLock:
         """How many beats the lock has: a write that failed may have been one that was done."""
         try:
             said = self._read() or b""
-        except Exception:
+        except Exception:  # still out of reach
             return beats - 1
         return int(said.split()[1]) if said.startswith(self._name.encode()) else beats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -16,6 +16,11 @@ from mixtral_jax.errors import InputError
 if TYPE_CHECKING:
     from mixtral_jax.inference.sampling import SamplingConfig
     from mixtral_jax.loading import Model
+
+Format: TypeAlias = Annotated[
+    Literal["v1", "v2", "v3", "template"] | None,
+    typer.Option("--format", help="How conversations are written. Default: as the tokenizer's model was trained."),
+]
 
 HELP = "/reset begins anew, /save FILE writes the conversation as JSON, /exit or Ctrl-D ends; Ctrl-C stops an answer"
 
@@ -28,10 +33,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Only the likeliest that together reach this probability.")] = 0.95,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides what is drawn.")] = 0,
-    format_: Annotated[
-        Literal["v1", "v2", "v3", "template"] | None,
-        typer.Option("--format", help="How conversations are written. Default: as the tokenizer's model was trained."),
-    ] = None,
+    format_: Format = None,
     dtype: platform.Dtype = "auto",
     quantize: platform.Quantize = None,
     cache_dtype: platform.CacheDtype = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import typer
 
 from mixtral_jax.cli import meshes, platform
+from mixtral_jax.cli.chat import Format
 from mixtral_jax.cli.progress import print_notes
 from mixtral_jax.errors import InputError
 
@@ -54,10 +55,7 @@ def serve(
     body_seconds: Annotated[float, typer.Option(help="How long a request's body may take to come.")] = 30.0,
     send_seconds: Annotated[float, typer.Option(help="How long a client may read nothing of what waits.")] = 60.0,
     drain_seconds: Annotated[float, typer.Option(help="How long requests may go on after SIGTERM.")] = 30.0,
-    format_: Annotated[
-        Literal["v1", "v2", "v3", "template"] | None,
-        typer.Option("--format", help="How conversations are written. Default: as the tokenizer's model was trained."),
-    ] = None,
+    format_: Format = None,
     dtype: platform.Dtype = "auto",
     quantize: platform.Quantize = None,
     cache_dtype: platform.CacheDtype = None,
