@@ -131,6 +131,8 @@ class Execution:
     """The residual stream and what lies between products."""
     product_dtype: Literal["float32", "bfloat16"] = "float32"
     """Operands of matrix products; they accumulate in float32."""
+    weight_dtype: Literal["float32", "bfloat16"] | None = None
+    """Matrices that inference holds; None: the dtype of products."""
     cache_dtype: CacheDtype | None = None
     """Keys and values that decoding keeps; None: the dtype of products. `int8` has a scale for each token and head."""
     attention: Literal["xla", "splash"] = "xla"
@@ -146,6 +148,11 @@ class Execution:
     def check(self) -> Execution:
         require_positive(self, ("attention_chunk",))
         return self
+
+    @property
+    def held_dtype(self) -> str:
+        """Of inference's matrices."""
+        return self.weight_dtype or self.product_dtype
 
     @property
     def kept_dtype(self) -> str:

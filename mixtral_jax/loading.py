@@ -49,8 +49,8 @@ def load(
     Args:
       path: a Hugging Face folder, one of Mistral's with params.json, a GGUF file, a checkpoint that `convert` wrote,
         the folder of a training run, whose newest checkpoint is taken, or the id of a model on the Hugging Face hub.
-      dtype: of the matrices and of products' operands; products accumulate in float32. auto: bfloat16, or float32 on
-        a CPU that has no units for products of bfloat16; there it takes half the time and twice the memory.
+      dtype: of the matrices and of products' operands; products accumulate in float32. auto: bfloat16, but on a CPU
+        that has no units for products of bfloat16 float32 for the operands, and on a mesh of such for the matrices.
       quantize: the layers' matrices and the unembedding as int8, a scale a channel, or as int4, a scale a group; each
         tensor as it is read. None: as they are stored, where `convert --quantize` wrote them.
       mesh: the devices to spread the weights over, with any of the axes `fsdp`, `expert` and `tensor`: heads lie over
@@ -91,7 +91,9 @@ def from_source(
     if tokenizer is not None and tokenizer.vocab_size > rows:
         why = f"ids, and the embedding has {rows} rows: this tokenizer is another model's"
         raise InputError(f"{source.path}: tokenizer", tokenizer.vocab_size, why)
-    execution = Execution(product_dtype=_product_dtype(dtype, mesh), cache_dtype=cache_dtype)
+    # On a mesh of CPUs nothing multiplies a bfloat16 matrix in float32 without writing it out first.
+    weight_dtype: Literal["bfloat16"] | None = "bfloat16" if dtype == "auto" and mesh is None else None
+    execution = Execution(product_dtype=_product_dtype(dtype, mesh), weight_dtype=weight_dtype, cache_dtype=cache_dtype)
     mesh = None if mesh is None else completed(mesh)
     bits = bits_for(source, quantize)
 

@@ -24,8 +24,6 @@ _RATIOS = (1, 0.95, 0.9, 0.85, 0.8, 0.75)
 DTYPES: dict[Bits, np.dtype] = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
 FLOAT32 = ("scale", "router", "bias")
 """Never in a shorter form, of floats neither: they are small, and decide by small differences."""
-_SUMMED = {"attention.output": (0, 1)}
-"""The dimensions that products sum over, where it isn't the first alone."""
 
 
 def is_quantized(tensor: Tensor) -> bool:
@@ -40,10 +38,9 @@ def bits_of(dtype: np.dtype) -> Bits | None:
 
 def scale_shape(tensor: Tensor, bits: Bits) -> tuple[int, ...]:
     """The shape of a tensor's scales: 1, or the number of groups, in a dimension that is summed over."""
-    summed = _SUMMED.get(tensor.kind, (0,))
     if bits == "int8":
-        return tuple(1 if axis in summed else size for axis, size in enumerate(tensor.shape))
-    along = summed[-1]
+        return tuple(1 if axis < tensor.inputs else size for axis, size in enumerate(tensor.shape))
+    along = tensor.inputs - 1
     return tuple(groups(size) if axis == along else size for axis, size in enumerate(tensor.shape))
 
 

@@ -142,14 +142,21 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_before_a_weight_is_rea
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_auto_is_what_the_device_multiplies_fast(tmp_path, monkeypatch, fast):
+@pytest.mark.parametrize("axes", [None, {"tensor": 2}])
+def test_auto_is_what_the_device_multiplies_fast(tmp_path, monkeypatch, fast, axes):
+    """Matrices are short all the same, but on a mesh, where each product would write them out anew."""
     config = tiny.config("mistral")
     huggingface.to_huggingface(config, tiny.params(config)).save_pretrained(tmp_path)
     asked = []
-    monkeypatch.setattr("mixtral_jax.loading.multiplies_bfloat16", lambda platform: asked.append(platform) or fast)
-    model = mj.load(tmp_path, dtype="auto")
-    assert asked == ["cpu"]
-    assert model.params["layers"]["attention"]["query"].dtype == ("bfloat16" if fast else "float32")
+    for module in ("loading", "inference.weights"):
+        name = f"mixtral_jax.{module}.multiplies_bfloat16"
+        monkeypatch.setattr(name, lambda platform: asked.append(platform) or fast)
+    mesh = axes and jax.make_mesh((2,), tuple(axes), devices=jax.devices()[:2])
+    model = mj.load(tmp_path, dtype="auto", mesh=mesh)
+    assert set(asked) == {"cpu"}
+    assert model.params["layers"]["attention"]["query"].dtype == ("bfloat16" if fast or mesh is None else "float32")
+    short = mj.load(tmp_path, dtype="bfloat16", mesh=mesh)
+    assert (model.logits([[1, 2, 3]]) == short.logits([[1, 2, 3]])).all() == fast  # rounded are the operands
 
 
 def test_only_what_is_public_is_there():

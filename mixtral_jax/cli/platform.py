@@ -23,7 +23,7 @@ Quantize: TypeAlias = Annotated[
 
 Dtype: TypeAlias = Annotated[
     Literal["auto", "bfloat16", "float32"],
-    typer.Option(help="Of the weights and products. auto: bfloat16 where the device multiplies it fast, else float32."),
+    typer.Option(help="Of the weights and products. auto: bfloat16, products in float32 on a CPU that is slow in it."),
 ]
 
 CacheDtype: TypeAlias = Annotated[

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import Execution, ModelConfig
+from mixtral_jax.inference.compiling import program
 from mixtral_jax.inference.sampling import Form, Values, sample
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.attention import Context
@@ -83,7 +84,7 @@ def unembed(weights: Prepared, hidden_BTD: jax.Array, execution: Execution) -> j
     return einsum("BTD,DV->BTV", hidden_BTD, weights.unembedding_DV, dtype=execution.product_dtype)
 
 
-@partial(jax.jit, static_argnames=("config", "execution"))
+@program(static_argnames=("config", "execution"))
 def logits(
     weights: Prepared, tokens_BT: jax.Array, real_BT: jax.Array, *, config: ModelConfig, execution: Execution
 ) -> jax.Array:
@@ -92,7 +93,7 @@ def logits(
     return unembed(weights, hidden_BTD, execution)
 
 
-@partial(jax.jit, static_argnames=("config", "execution", "fresh"), donate_argnames=("cache", "last_BD"))
+@program(static_argnames=("config", "execution", "fresh"), donate_argnames=("cache", "last_BD"))
 def prefill(
     weights: Prepared,
     cache: Cache,
@@ -138,7 +139,7 @@ class DecodeState(NamedTuple):
     """bool, tokens of the text so far, for the repetition penalty."""
 
 
-@partial(jax.jit, static_argnames=("execution", "form", "stop_ids"), donate_argnames=("state",))
+@program(static_argnames=("execution", "form", "stop_ids"), donate_argnames=("state",))
 def first_token(
     weights: Prepared,
     state: DecodeState,
@@ -153,7 +154,7 @@ def first_token(
     return _choose(state, unembed(weights, last_BD[:, None], execution)[:, 0], form, values, stop_ids)
 
 
-@partial(jax.jit, static_argnames=("config", "execution", "form", "stop_ids"), donate_argnames=("state",))
+@program(static_argnames=("config", "execution", "form", "stop_ids"), donate_argnames=("state",))
 def decode(
     weights: Prepared,
     state: DecodeState,

@@ -8,12 +8,11 @@ drawn, only how many tokens a step yields.
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixtral_jax.inference.compiling import program
 from mixtral_jax.inference.decode import forward, unembed
 from mixtral_jax.inference.proposals import Proposer
 from mixtral_jax.inference.sampling import choose
@@ -36,7 +35,7 @@ _WORD = 32
 _ALL = np.uint32(0xFFFFFFFF)
 
 
-@partial(jax.jit, static_argnames=("models", "fresh"), donate_argnames=("slots",))
+@program(static_argnames=("models", "fresh"), donate_argnames=("slots",))
 def prefill(
     weights: tuple[Prepared, ...],
     slots: Slots,
@@ -61,7 +60,7 @@ def prefill(
     return pinned(slots._replace(caches=tuple(caches)))
 
 
-@partial(jax.jit, donate_argnames=("slots",))
+@program(donate_argnames=("slots",))
 def begin(
     slots: Slots,
     row: jax.Array,
@@ -105,7 +104,7 @@ def begin(
     )
 
 
-@partial(jax.jit, static_argnames=("models", "proposer", "most_steps"), donate_argnames=("slots",))
+@program(static_argnames=("models", "proposer", "most_steps"), donate_argnames=("slots",))
 def decode(
     weights: tuple[Prepared, ...],
     slots: Slots,

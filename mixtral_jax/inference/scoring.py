@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import Execution, ModelConfig
+from mixtral_jax.inference.compiling import program
 from mixtral_jax.inference.decode import forward, unembed
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.cache import empty_cache, num_slots
@@ -26,7 +26,7 @@ class Scores(NamedTuple):
     """bool, whether greedy decoding would have chosen it."""
 
 
-@partial(jax.jit, static_argnames=("config", "execution"))
+@program(static_argnames=("config", "execution"))
 def score(
     weights: Prepared, tokens_BT: jax.Array, real_BT: jax.Array, *, config: ModelConfig, execution: Execution
 ) -> Scores:

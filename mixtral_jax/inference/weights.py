@@ -16,11 +16,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mixtral_jax.config import Execution, ModelConfig
+from mixtral_jax.model.backends.few_rows import ByOutput, by_output
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.tensors import Tensor, assign, look_up, tensors
 from mixtral_jax.quantization import FLOAT32, Bits, is_quantized, quantize, scale_shape
 from mixtral_jax.sharding.axes import Names
+from mixtral_jax.sharding.chips import multiplies_bfloat16
 from mixtral_jax.sharding.partition import check_divisible, place
 from mixtral_jax.sharding.rules import DECODING
 
@@ -33,14 +35,14 @@ class Prepared(NamedTuple):
     embedding_VD: jax.Array
     layers: tuple[Any, ...]
     """For each layer the variables of a Block: its `params`, and `prepared` what has another form: the experts of a
-    mixture, and what is quantised."""
+    mixture, what is quantised, and what lies by output."""
     norm: Any
-    unembedding_DV: jax.Array | Quantized | None
-    """None where the embeddings are tied."""
+    unembedding_DV: jax.Array | Quantized | ByOutput | None
+    """Where the embeddings are tied: None, or the embedding, of which an output is a row."""
 
 
 def prepare(params: Any, config: ModelConfig, execution: Execution) -> Prepared:
-    """The prepared form of a public tree, matrices in the dtype of products."""
+    """The prepared form of a public tree, matrices in the dtype that the execution holds them in."""
     return assemble(lambda tensor: look_up(params, tensor), config, execution)
 
 
@@ -63,7 +65,10 @@ def assemble(
     """
     if mesh is not None:
         _check_divides(config, mesh, quantize_to)
-    return arrange(config, lambda tensor: _put(read(tensor), tensor, execution, mesh, quantize_to))
+    prepared = arrange(config, lambda tensor: _put(read(tensor), tensor, execution, mesh, quantize_to))
+    if config.tie_embeddings and mesh is None and _is_for_few_rows():
+        return prepared._replace(unembedding_DV=ByOutput(prepared.embedding_VD, inputs=1))
+    return prepared
 
 
 def arrange(config: ModelConfig, leaf_of: Callable[[Tensor], Any]) -> Prepared:
@@ -76,7 +81,7 @@ def arrange(config: ModelConfig, leaf_of: Callable[[Tensor], Any]) -> Prepared:
         if tensor.layer is None:
             assign(top, tensor.path, leaf)
         elif tensor.expert is None:
-            form = "prepared" if isinstance(leaf, Quantized) else "params"
+            form = "prepared" if isinstance(leaf, Quantized | ByOutput) else "params"
             assign(layers[tensor.layer].setdefault(form, {}), tensor.path[1:], leaf)
         else:
             experts.setdefault((tensor.layer, tensor.expert), {})[tensor.path[-1]] = leaf
@@ -89,23 +94,35 @@ def arrange(config: ModelConfig, leaf_of: Callable[[Tensor], Any]) -> Prepared:
 
 def _put(
     whole: Any, tensor: Tensor, execution: Execution, mesh: Mesh | None, quantize_to: Bits | None
-) -> jax.Array | Quantized:
+) -> jax.Array | Quantized | ByOutput:
     """A tensor on the devices, in the form that is computed with."""
     if quantize_to is not None and is_quantized(tensor) and not isinstance(whole, Quantized):
         whole = quantize(whole, tensor, quantize_to)
     if isinstance(whole, Quantized):
         return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), whole)
-    return _on_devices(np.asarray(whole), tensor, mesh, computed_dtype(tensor, execution))
+    whole, dtype = np.asarray(whole), computed_dtype(tensor, execution)
+    if mesh is None and is_quantized(tensor) and _is_for_few_rows():
+        # A bfloat16 is the same number in float32, and half the bytes to read.
+        dtype = whole.dtype if whole.dtype == jnp.bfloat16 else dtype
+        # One row of a wide float32 matrix XLA multiplies faster as it is.
+        if dtype == jnp.bfloat16 or tensor.layer is not None:
+            return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, dtype), by_output(whole, tensor.inputs))
+    return _on_devices(whole, tensor, mesh, dtype)
+
+
+def _is_for_few_rows() -> bool:
+    """Whether the platform is one that `few_rows` is for."""
+    return jax.default_backend() == "cpu" and not multiplies_bfloat16("cpu")
 
 
 def computed_dtype(tensor: Tensor, execution: Execution) -> jnp.dtype:
-    """What a tensor that is not quantised is held in: float32 for norms and routers, else the dtype of products."""
-    return jnp.dtype(jnp.float32 if tensor.path[-1] in FLOAT32 else execution.product_dtype)
+    """What a tensor that is not quantised is held in: float32 for norms and routers, else what the execution says."""
+    return jnp.dtype(jnp.float32 if tensor.path[-1] in FLOAT32 else execution.held_dtype)
 
 
 def _on_devices(array: np.ndarray, tensor: Tensor, mesh: Mesh | None, dtype: DTypeLike) -> jax.Array:
     if mesh is None:
-        return jnp.asarray(array.astype(dtype, copy=False))
+        return jnp.asarray(np.ascontiguousarray(array, dtype))
     return place(array, axes(tensor, array.shape), DECODING, mesh, dtype)
 
 
@@ -127,18 +144,22 @@ def _check_divides(config: ModelConfig, mesh: Mesh, quantize_to: Bits | None) ->
 
 def restore(prepared: Prepared) -> Any:
     """The public tree again, layers and experts stacked, in the dtypes prepared; float32 where quantised."""
-    prepared = jax.tree.map(
-        lambda leaf: leaf.dequantized() if isinstance(leaf, Quantized) else leaf,
-        prepared,
-        is_leaf=lambda leaf: isinstance(leaf, Quantized),
-    )
+    last = prepared.unembedding_DV
+    untied = last is not None and not (isinstance(last, ByOutput) and last.values is prepared.embedding_VD)
+    prepared = jax.tree.map(_as_array, prepared, is_leaf=lambda leaf: isinstance(leaf, Quantized | ByOutput))
     layers = [_public_layer(layer) for layer in prepared.layers]
     params = {
         "embedding": prepared.embedding_VD,
         "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),
         "norm": prepared.norm,
     }
-    return params if prepared.unembedding_DV is None else {**params, "unembedding": prepared.unembedding_DV}
+    return {**params, "unembedding": prepared.unembedding_DV} if untied else params
+
+
+def _as_array(leaf: Any) -> Any:
+    if isinstance(leaf, ByOutput):
+        return leaf.restored()
+    return leaf.dequantized() if isinstance(leaf, Quantized) else leaf
 
 
 def _public_layer(layer: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class Tensor:
         return ".".join(self.path[1:] if self.index else self.path)
 
     @property
+    def inputs(self) -> int:
+        """How many dimensions of a matrix, its first, products sum over."""
+        return 2 if self.kind == "attention.output" else 1
+
+    @property
     def layer(self) -> int | None:
         return self.index[0] if self.index else None
 

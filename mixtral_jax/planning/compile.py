@@ -24,7 +24,7 @@ from mixtral_jax.model.transformer import Transformer
 from mixtral_jax.planning.hlo import Collective, collectives
 from mixtral_jax.planning.job import Job
 from mixtral_jax.planning.memory import PREFILL_CHUNK
-from mixtral_jax.planning.topology import Topology, devices
+from mixtral_jax.planning.topology import Topology, compile_ahead, devices
 from mixtral_jax.quantization import DTYPES, is_quantized, scale_shape
 from mixtral_jax.sharding.mesh import make_mesh
 from mixtral_jax.sharding.rules import DECODING, TRAINING
@@ -84,7 +84,7 @@ def lower(program: Abstract) -> Any:
 def _compile(program: Abstract, mesh: Mesh) -> Compiled:
     started = time.perf_counter()
     try:
-        compiled = lower(program).compile()
+        compiled = compile_ahead(lower(program))
     except jax.errors.JaxRuntimeError as error:
         missing = too_large_by(str(error))
         if missing is None:

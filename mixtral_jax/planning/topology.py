@@ -135,6 +135,22 @@ def devices(machine: Topology) -> Sequence[Any]:
         raise InputError("--topology", machine.name, f"the TPU compiler refuses it: {error}") from None
 
 
+def compile_ahead(lowered: Any) -> Any:
+    """A lowered program, compiled for devices that are not here.
+
+    jax would write it to the persistent cache of programs, and fail to read it from there the next time.
+    """
+    import jax
+
+    option = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, option)
+    jax.config.update(option, math.inf)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(option, before)
+
+
 def has_compiler() -> bool:
     """Whether a compiler for TPUs is installed."""
     return importlib.util.find_spec("libtpu") is not None

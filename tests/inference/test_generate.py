@@ -169,12 +169,12 @@ def test_the_cache_is_as_large_for_a_short_text_as_for_a_long_one():
 def test_one_program_serves_a_bucket():
     config = tiny.config("mixtral")
     weights = prepare(tiny.params(config), config, EXECUTION)
-    before = decode.decode._cache_size(), decode.prefill._cache_size()
+    before = decode.decode.jitted._cache_size(), decode.prefill.jitted._cache_size()
     for lengths, temperature in (((17, 20), 0.5), ((30, 3), 0.9), ((32, 32), 2.0)):
         sampling = SamplingConfig(temperature=temperature, top_k=5)
         _run(config, weights, _prompts(config, lengths), 8, sampling)
-    assert decode.decode._cache_size() - before[0] == 1
-    assert decode.prefill._cache_size() - before[1] == 1
+    assert decode.decode.jitted._cache_size() - before[0] == 1
+    assert decode.prefill.jitted._cache_size() - before[1] == 1
 
 
 def test_bucket():

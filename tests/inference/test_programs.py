@@ -14,7 +14,7 @@ from mixtral_jax.inference.slots import Model, Slots, empty_settings
 from mixtral_jax.planning.compile import abstract_cache, abstract_weights, local_bytes
 from mixtral_jax.planning.hlo import collectives
 from mixtral_jax.planning.job import Job, check
-from mixtral_jax.planning.topology import devices, topology
+from mixtral_jax.planning.topology import compile_ahead, devices, topology
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
 MODEL = ModelConfig(
@@ -65,7 +65,8 @@ def test_decoding_for_tpu(machine, axes, bits, kept, proposer):
     static = {"models": models, "proposer": proposer, "most_steps": 8}
     goes_on_B, allowed_BW = np.ones((SLOTS,), bool), np.zeros((SLOTS, MODEL.vocab_size // 32), np.uint32)
     with jax.set_mesh(mesh):
-        compiled = programs.decode.lower(weights, slots, goes_on_B, np.int32(8), allowed_BW, **static).compile()
+        lowered = programs.decode.lower(weights, slots, goes_on_B, np.int32(8), allowed_BW, **static)
+        compiled = compile_ahead(lowered)
     _assert_lean(compiled, mesh, slots)
 
 
@@ -80,7 +81,7 @@ def test_taking_in_prompts_for_tpu(rows):
         lowered = programs.prefill.lower(
             weights, slots, np.arange(rows, dtype=np.int32), tokens_PT, real_PT, models=models, fresh=False
         )
-        compiled = lowered.compile()
+        compiled = compile_ahead(lowered)
     _assert_lean(compiled, mesh, slots)
 
 

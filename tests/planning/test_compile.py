@@ -21,7 +21,7 @@ from mixtral_jax.planning.compile import (
 )
 from mixtral_jax.planning.job import Job, check
 from mixtral_jax.planning.memory import memory
-from mixtral_jax.planning.topology import devices, topology
+from mixtral_jax.planning.topology import compile_ahead, devices, topology
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
 MODEL = ModelConfig(
@@ -96,7 +96,7 @@ def test_more_layers_take_no_more_temporaries_to_decode():
         mesh = make_mesh(job.mesh, devices(topology("v6e:2x2")))
         with jax.set_mesh(mesh):
             _, decode = serving_programs(job, mesh)
-            return lower(decode).compile().memory_analysis().temp_size_in_bytes, memory(job).cache / layers
+            return compile_ahead(lower(decode)).memory_analysis().temp_size_in_bytes, memory(job).cache / layers
 
     (few, a_layer), (many, _) = temporaries(1), temporaries(3)
     assert many - few < 2 * a_layer / 4

@@ -1,23 +1,25 @@
 """Experts for inference: each expert's weights are arrays of their own, and only those that some token chose are read.
 
 One token goes to the experts that it chose, and no other is asked. Few go through each chosen expert together, all of
-them: the weights are what costs; on a CPU, one after another. Many are sorted by expert and taken a block at a time.
-Nothing here is differentiated.
+them, since the weights are what costs; where rows cost as well, an expert takes its own, a few at a time. Many are
+sorted by expert and taken a block at a time. Nothing here is differentiated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import Execution
+from mixtral_jax.model.backends.few_rows import ByOutput
 from mixtral_jax.model.dispatch import combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 
 _FEW = 32
+_GROUP = 4
+"""Rows that an expert takes of its own at a time. Of eight texts that choose two of eight experts, it has two."""
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 512
 
 
@@ -40,16 +42,9 @@ def by_need(
         return one_row(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
     if x_ND.shape[0] > _FEW:
         return sorted_rows(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
-    together, apart = (partial(form, experts=experts, execution=execution) for form in (all_rows, each_row))
-    if expert_NA.size > 2 * len(experts) or not _is_fast_by_row(experts):
-        return together(x_ND, expert_NA, gate_NA, mask_N)
-    y_ND: jax.Array = jax.lax.platform_dependent(x_ND, expert_NA, gate_NA, mask_N, cpu=apart, default=together)
-    return y_ND
-
-
-def _is_fast_by_row(experts: tuple[SwiGLU, ...]) -> bool:
-    """XLA:CPU reads a float32 matrix for a vector three times as fast as for eight rows; no other kind."""
-    return all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(experts))
+    if isinstance(experts[0].gate, ByOutput):
+        return own_rows(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
+    return all_rows(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
 
 
 def one_row(
@@ -100,7 +95,7 @@ def all_rows(
     return sum(parts[1:], parts[0])
 
 
-def each_row(
+def own_rows(
     x_ND: jax.Array,
     expert_NA: jax.Array,
     gate_NA: jax.Array,
@@ -108,22 +103,32 @@ def each_row(
     experts: tuple[SwiGLU, ...],
     execution: Execution,
 ) -> jax.Array:
-    """`by_need` with each chosen expert's tokens going through it one after another, while it is in the cache."""
+    """`by_need` with each chosen expert taking its own tokens, a few at a time.
+
+    Of three tokens that chose the experts 0 1, 1 2 and 1 0, expert 1 takes the rows 0 1 2 and a row of zeros, which
+    stands after the last.
+    """
+    num_rows = x_ND.shape[0]
     gate_NE = _gates(expert_NA, gate_NA, mask_N, len(experts))
+    chosen_EN = gate_NE.T > 0
+    count_E = jnp.sum(chosen_EN, axis=1)
+    # Each expert's rows come first, in order; the rest of its list, and the group beyond the list, is the row of zeros.
+    row_EN = jnp.sort(jnp.where(chosen_EN, jnp.arange(num_rows)[None], num_rows), axis=1)
+    size = min(_GROUP, num_rows)
+    row_EN = jnp.pad(row_EN, [(0, 0), (0, size)], constant_values=num_rows)
+    x_ND, gate_NE = (jnp.pad(each, [(0, 1), (0, 0)]) for each in (x_ND, gate_NE))
 
     def through(index: int, weights: SwiGLU) -> jax.Array:
-        def step(row: jax.Array, y_ND: jax.Array) -> jax.Array:
-            def serve(y_ND: jax.Array) -> jax.Array:
-                x_1D = jax.lax.dynamic_slice_in_dim(x_ND, row, 1)
-                y_1D = swiglu(x_1D[None], weights, execution)[0].astype(jnp.float32) * gate_NE[row, index]
-                return jax.lax.dynamic_update_slice_in_dim(y_ND, y_1D, row, axis=0)
+        def step(number: jax.Array, y_ND: jax.Array) -> jax.Array:
+            row_R = jax.lax.dynamic_slice_in_dim(row_EN[index], number * size, size)
+            y_RD = swiglu(x_ND[row_R][None], weights, execution)[0].astype(jnp.float32)
+            return y_ND.at[row_R].set(y_RD * gate_NE[row_R, index][:, None])
 
-            return jax.lax.cond(gate_NE[row, index] > 0, serve, lambda y_ND: y_ND, y_ND)
+        return jax.lax.fori_loop(0, -(-count_E[index] // size), step, jnp.zeros(x_ND.shape, jnp.float32))
 
-        return jax.lax.fori_loop(0, x_ND.shape[0], step, jnp.zeros(x_ND.shape, jnp.float32))
-
+    # Added up at the end: the experts don't wait for each other.
     parts = [through(index, weights) for index, weights in enumerate(experts)]
-    return sum(parts[1:], parts[0])
+    return sum(parts[1:], parts[0])[:num_rows]
 
 
 def sorted_rows(

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from mixtral_jax.model.backends import few_rows
+from mixtral_jax.model.backends.few_rows import ByOutput
 from mixtral_jax.model.backends.quantized import Quantized
 
 
@@ -33,7 +35,12 @@ class _Plan:
 
 
 def einsum(
-    spec: str, x: jax.Array, w: jax.Array | Quantized, *, dtype: DTypeLike, result_dtype: DTypeLike | None = None
+    spec: str,
+    x: jax.Array,
+    w: jax.Array | Quantized | ByOutput,
+    *,
+    dtype: DTypeLike,
+    result_dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Contracts `x` with `w`, both cast to `dtype`, summing in float32.
 
@@ -42,7 +49,7 @@ def einsum(
         no ellipsis, and every letter of an operand is in the other operand or in the result.
       x: The left operand, usually activations. An x used by several products is best cast to `dtype` once, by the
         caller: each product saves its cast x for the backward pass.
-      w: The right operand, usually weights; quantised ones have no gradient.
+      w: The right operand, usually weights; those that are quantised, or lie by output, have no gradient.
       dtype: What both operands, and in the backward pass the cotangent, are cast to: bfloat16 or float32. float32
         products are exact to float32 on every platform.
       result_dtype: The dtype of the result, float32 unless given.
@@ -59,6 +66,8 @@ def einsum(
     result_dtype = jnp.float32 if result_dtype is None else result_dtype
     if isinstance(w, Quantized):
         return _quantized_product(x_dims, w_dims, y_dims, x, w, dtype).astype(result_dtype)
+    if isinstance(w, ByOutput):
+        return _product_by_output(x_dims, w.as_it_lies(w_dims), y_dims, x.astype(dtype), w).astype(result_dtype)
     plan = _Plan(x_dims, w_dims, y_dims, jnp.dtype(dtype), jnp.dtype(result_dtype), x.dtype, w.dtype)
     # In shard_map, a weight that is equal on all devices meets tokens that are not. Its gradient is summed over the
     # devices where it becomes varying, which is here: inside a custom VJP nothing would do it.
@@ -79,6 +88,17 @@ def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Q
         x = x.astype(jnp.float32) * _along(x_dims, w_dims, w.scale)
         return _contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.values.astype(dtype))
     return _contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.dequantized(dtype))
+
+
+def _product_by_output(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: ByOutput) -> jax.Array:
+    """The float32 product with a matrix that lies as `w_dims`, and may be held in fewer bits than x is."""
+    inputs, outputs = w_dims[-w.inputs :], w_dims[: -w.inputs]
+    rows = math.prod(x.shape[: -w.inputs])
+    if not few_rows.is_fast(rows, w) or not x_dims.endswith(inputs) or y_dims != x_dims[: -w.inputs] + outputs:
+        return _contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype))
+    size = math.prod(x.shape[-w.inputs :])
+    y_MN = few_rows.product(x.reshape(rows, size), w.values.reshape(-1, size))
+    return y_MN.reshape(*x.shape[: -w.inputs], *w.shape[w.inputs :])
 
 
 def _along(dims: str, w_dims: str, scale: jax.Array) -> jax.Array:

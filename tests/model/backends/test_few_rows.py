@@ -1,0 +1,78 @@
+"""Products of a few rows with a matrix that lies by output: the oracle is float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixtral_jax.model.backends.few_rows import OPTIONS, ByOutput, by_output, is_fast
+from mixtral_jax.model.backends.products import einsum
+
+
+def _operands(x_shape, w_shape, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal(x_shape), jnp.float32)
+    return x, jnp.asarray(rng.standard_normal(w_shape), dtype)
+
+
+@pytest.mark.parametrize("options", [None, OPTIONS], ids=["in-order", "reordered"])
+@pytest.mark.parametrize("held", ["bfloat16", "float32"])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 40])
+@pytest.mark.parametrize(
+    ("spec", "x_shape", "w_shape", "inputs"),
+    [
+        ("BTD,DF->BTF", (24,), (24, 10), 1),
+        ("BTD,DF->BTF", (23,), (23, 10), 1),  # one row can't be halved
+        ("BTD,DNH->BTNH", (24,), (24, 3, 4), 1),
+        ("BTNH,NHD->BTD", (6, 4), (6, 4, 5), 2),
+    ],
+)
+def test_equals_float64(spec, x_shape, w_shape, inputs, rows, held, options):
+    x, w = _operands((rows, 1, *x_shape), w_shape, held)
+    multiply = jax.jit(lambda x, w: einsum(spec, x, w, dtype="float32"), compiler_options=options)
+    expected = np.einsum(spec, np.asarray(x, np.float64), np.asarray(w, np.float64))
+    np.testing.assert_allclose(multiply(x, by_output(w, inputs)), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_operands_are_rounded_as_everywhere(rows):
+    """In bfloat16, a product is that of a matrix that lies as it is, but for the order of its sums."""
+    x, w = _operands((rows, 1, 64), (64, 32), "float32")
+    expected = einsum("BTD,DF->BTF", x, w, dtype="bfloat16")
+    found = einsum("BTD,DF->BTF", x, by_output(w.astype("bfloat16"), 1), dtype="bfloat16")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 5, 8])
+def test_a_row_does_not_depend_on_the_others(rows):
+    x, w = _operands((8, 1, 96), (96, 40), "bfloat16")
+    multiply = jax.jit(lambda x, w: einsum("BTD,DF->BTF", x, w, dtype="float32"), compiler_options=OPTIONS)
+    whole = multiply(x[:rows], by_output(w, 1))
+    np.testing.assert_array_equal(multiply(x[:rows][::-1], by_output(w, 1))[::-1], whole)
+    alone = multiply(x[:rows].at[1:].set(jnp.nan), by_output(w, 1))
+    np.testing.assert_array_equal(alone[0], whole[0])
+
+
+def test_lies_by_output_and_shows_its_own_shape():
+    w = jnp.arange(24.0).reshape(2, 3, 4)
+    lying = by_output(w, 2)
+    assert (lying.shape, lying.ndim, lying.values.shape) == (w.shape, 3, (4, 2, 3))
+    assert lying.as_it_lies("NHD") == "DNH"
+    np.testing.assert_array_equal(lying.restored(), w)
+    assert [type(leaf) for leaf in jax.tree.leaves(lying)] == [type(w)]
+
+
+def test_takes_few_rows_and_of_float32_not_one():
+    short, long = (ByOutput(jnp.zeros((4, 2), dtype), 1) for dtype in ("bfloat16", "float32"))
+    assert [is_fast(rows, short) for rows in (1, 2, 8, 9)] == [True, True, True, False]
+    assert [is_fast(rows, long) for rows in (1, 2, 8, 9)] == [False, True, True, False]
+
+
+def test_the_matrix_is_read_once_and_in_its_own_bits():
+    """One loop takes all rows, and nothing writes the matrix out in float32."""
+    x, w = _operands((8, 1, 64), (64, 32), "bfloat16")
+    multiply = jax.jit(lambda x, w: einsum("BTD,DF->BTF", x, w, dtype="float32"), compiler_options=OPTIONS)
+    compiled = multiply.lower(x, by_output(w, 1)).compile()
+    entry = compiled.as_text().split("ENTRY")[1]
+    assert "f32[32,64]" not in entry
+    assert entry.count("reduce_fusion = ") == 1
