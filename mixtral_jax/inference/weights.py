@@ -66,7 +66,7 @@ def assemble(
     if mesh is not None:
         _check_divides(config, mesh, quantize_to)
     prepared = arrange(config, lambda tensor: _put(read(tensor), tensor, execution, mesh, quantize_to))
-    if config.tie_embeddings and mesh is None and _is_for_few_rows():
+    if config.tie_embeddings and prepared.embedding_VD.dtype == jnp.bfloat16 and _lies_by_output(mesh):
         return prepared._replace(unembedding_DV=ByOutput(prepared.embedding_VD, inputs=1))
     return prepared
 
@@ -101,18 +101,16 @@ def _put(
     if isinstance(whole, Quantized):
         return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), whole)
     whole, dtype = np.asarray(whole), computed_dtype(tensor, execution)
-    if mesh is None and is_quantized(tensor) and _is_for_few_rows():
-        # A bfloat16 is the same number in float32, and half the bytes to read.
-        dtype = whole.dtype if whole.dtype == jnp.bfloat16 else dtype
-        # One row of a wide float32 matrix XLA multiplies faster as it is.
-        if dtype == jnp.bfloat16 or tensor.layer is not None:
-            return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, dtype), by_output(whole, tensor.inputs))
+    # One that came in bfloat16 is as exact in it, whatever it is multiplied in.
+    if is_quantized(tensor) and jnp.bfloat16 in (whole.dtype, dtype) and _lies_by_output(mesh):
+        lying = by_output(whole, tensor.inputs)
+        return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, jnp.bfloat16), lying)
     return _on_devices(whole, tensor, mesh, dtype)
 
 
-def _is_for_few_rows() -> bool:
-    """Whether the platform is one that `few_rows` is for."""
-    return jax.default_backend() == "cpu" and not multiplies_bfloat16("cpu")
+def _lies_by_output(mesh: Mesh | None) -> bool:
+    """Whether those in bfloat16 do, for `few_rows`; one row of a float32 one XLA multiplies faster as it is."""
+    return mesh is None and jax.default_backend() == "cpu" and not multiplies_bfloat16("cpu")
 
 
 def computed_dtype(tensor: Tensor, execution: Execution) -> jnp.dtype:

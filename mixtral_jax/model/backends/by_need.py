@@ -1,13 +1,14 @@
 """Experts for inference: each expert's weights are arrays of their own, and only those that some token chose are read.
 
 One token goes to the experts that it chose, and no other is asked. Few go through each chosen expert together, all of
-them, since the weights are what costs; where rows cost as well, an expert takes its own, a few at a time. Many are
-sorted by expert and taken a block at a time. Nothing here is differentiated.
+them, since the weights are what costs; on a CPU, where rows cost as well, an expert takes its own. Many are sorted by
+expert and taken a block at a time. Nothing here is differentiated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +43,19 @@ def by_need(
         return one_row(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
     if x_ND.shape[0] > _FEW:
         return sorted_rows(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
+    together, apart = (partial(form, experts=experts, execution=execution) for form in (all_rows, own_rows))
     if isinstance(experts[0].gate, ByOutput):
-        return own_rows(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
-    return all_rows(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
+        return apart(x_ND, expert_NA, gate_NA, mask_N, size=min(_GROUP, x_ND.shape[0]))
+    if expert_NA.size > 2 * len(experts) or not _is_fast_by_row(experts):
+        return together(x_ND, expert_NA, gate_NA, mask_N)
+    one_by_one = partial(apart, size=1)
+    y_ND: jax.Array = jax.lax.platform_dependent(x_ND, expert_NA, gate_NA, mask_N, cpu=one_by_one, default=together)
+    return y_ND
+
+
+def _is_fast_by_row(experts: tuple[SwiGLU, ...]) -> bool:
+    """XLA:CPU reads a float32 matrix for a vector three times as fast as for eight rows; no other kind."""
+    return all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(experts))
 
 
 def one_row(
@@ -102,33 +113,35 @@ def own_rows(
     mask_N: jax.Array,
     experts: tuple[SwiGLU, ...],
     execution: Execution,
+    size: int,
 ) -> jax.Array:
-    """`by_need` with each chosen expert taking its own tokens, a few at a time.
+    """`by_need` with each chosen expert taking its own tokens, so many at a time, while it is in the cache.
 
-    Of three tokens that chose the experts 0 1, 1 2 and 1 0, expert 1 takes the rows 0 1 2 and a row of zeros, which
-    stands after the last.
+    Of three tokens that chose the experts 0 1, 1 2 and 1 0, expert 1 has the rows 0 1 2 and, if it takes four at once,
+    a row of zeros, which stands after the last.
     """
     num_rows = x_ND.shape[0]
-    gate_NE = _gates(expert_NA, gate_NA, mask_N, len(experts))
-    chosen_EN = gate_NE.T > 0
+    gate_NA = gate_NA * mask_N[:, None]
+    chosen_EN = _gates(expert_NA, gate_NA, mask_N, len(experts)).T > 0
     count_E = jnp.sum(chosen_EN, axis=1)
     # Each expert's rows come first, in order; the rest of its list, and the group beyond the list, is the row of zeros.
-    row_EN = jnp.sort(jnp.where(chosen_EN, jnp.arange(num_rows)[None], num_rows), axis=1)
-    size = min(_GROUP, num_rows)
-    row_EN = jnp.pad(row_EN, [(0, 0), (0, size)], constant_values=num_rows)
-    x_ND, gate_NE = (jnp.pad(each, [(0, 1), (0, 0)]) for each in (x_ND, gate_NE))
+    row_EM = jnp.sort(jnp.where(chosen_EN, jnp.arange(num_rows)[None], num_rows), axis=1)
+    row_EM = jnp.pad(row_EM, [(0, 0), (0, size)], constant_values=num_rows)
+    x_ND = jnp.pad(x_ND, [(0, 1), (0, 0)])
 
-    def through(index: int, weights: SwiGLU) -> jax.Array:
-        def step(number: jax.Array, y_ND: jax.Array) -> jax.Array:
-            row_R = jax.lax.dynamic_slice_in_dim(row_EN[index], number * size, size)
+    def through(row_M: jax.Array, count: jax.Array, weights: SwiGLU) -> jax.Array:
+        def step(number: jax.Array, y_MD: jax.Array) -> jax.Array:
+            row_R = jax.lax.dynamic_slice_in_dim(row_M, number * size, size)
             y_RD = swiglu(x_ND[row_R][None], weights, execution)[0].astype(jnp.float32)
-            return y_ND.at[row_R].set(y_RD * gate_NE[row_R, index][:, None])
+            return jax.lax.dynamic_update_slice_in_dim(y_MD, y_RD, number * size, axis=0)
 
-        return jax.lax.fori_loop(0, -(-count_E[index] // size), step, jnp.zeros(x_ND.shape, jnp.float32))
+        return jax.lax.fori_loop(0, -(-count // size), step, jnp.zeros((row_M.size, x_ND.shape[1]), jnp.float32))
 
-    # Added up at the end: the experts don't wait for each other.
-    parts = [through(index, weights) for index, weights in enumerate(experts)]
-    return sum(parts[1:], parts[0])[:num_rows]
+    # Put together at the end: the experts don't wait for each other.
+    y_EMD = jnp.stack([through(*each) for each in zip(row_EM, count_E, experts, strict=True)])
+    place_EN = jnp.maximum(jnp.cumsum(chosen_EN, axis=1) - 1, 0)
+    y_NAD = y_EMD[expert_NA, place_EN[expert_NA, jnp.arange(num_rows)[:, None]]]
+    return jnp.sum(y_NAD * gate_NA[..., None], axis=1)
 
 
 def sorted_rows(

@@ -19,7 +19,8 @@ from jax import lax
 OPTIONS = {"xla_cpu_enable_fast_math": True}
 """The compiler's. Infinities, NaN, divisions and functions stay as they are: XLA has a flag for each."""
 
-_MOST_ROWS = 8
+MOST_ROWS = 8
+"""For which `product` is the faster one."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("inputs",))
@@ -53,11 +54,6 @@ class ByOutput:
 def by_output(weight: Any, inputs: int) -> ByOutput:
     """A matrix whose first dimensions, so many, are its inputs."""
     return ByOutput(weight.transpose(*range(inputs, weight.ndim), *range(inputs)), inputs)
-
-
-def is_fast(rows: int, matrix: ByOutput) -> bool:
-    """Whether `product` is the faster one. One row of float32 XLA multiplies at the speed of memory by itself."""
-    return rows <= _MOST_ROWS and (rows > 1 or matrix.values.dtype != jnp.float32)
 
 
 def product(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:

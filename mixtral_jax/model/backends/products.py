@@ -94,7 +94,7 @@ def _product_by_output(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: B
     """The float32 product with a matrix that lies as `w_dims`, and may be held in fewer bits than x is."""
     inputs, outputs = w_dims[-w.inputs :], w_dims[: -w.inputs]
     rows = math.prod(x.shape[: -w.inputs])
-    if not few_rows.is_fast(rows, w) or not x_dims.endswith(inputs) or y_dims != x_dims[: -w.inputs] + outputs:
+    if rows > few_rows.MOST_ROWS or not x_dims.endswith(inputs) or y_dims != x_dims[: -w.inputs] + outputs:
         return _contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype))
     size = math.prod(x.shape[-w.inputs :])
     y_MN = few_rows.product(x.reshape(rows, size), w.values.reshape(-1, size))

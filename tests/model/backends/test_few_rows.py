@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.model.backends.few_rows import OPTIONS, ByOutput, by_output, is_fast
+from mixtral_jax.model.backends.few_rows import OPTIONS, by_output
 from mixtral_jax.model.backends.products import einsum
 
 
@@ -60,12 +60,6 @@ def test_lies_by_output_and_shows_its_own_shape():
     assert lying.as_it_lies("NHD") == "DNH"
     np.testing.assert_array_equal(lying.restored(), w)
     assert [type(leaf) for leaf in jax.tree.leaves(lying)] == [type(w)]
-
-
-def test_takes_few_rows_and_of_float32_not_one():
-    short, long = (ByOutput(jnp.zeros((4, 2), dtype), 1) for dtype in ("bfloat16", "float32"))
-    assert [is_fast(rows, short) for rows in (1, 2, 8, 9)] == [True, True, True, False]
-    assert [is_fast(rows, long) for rows in (1, 2, 8, 9)] == [False, True, True, False]
 
 
 def test_the_matrix_is_read_once_and_in_its_own_bits():
