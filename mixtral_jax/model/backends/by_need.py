@@ -18,10 +18,12 @@ from mixtral_jax.model.backends.few_rows import ByOutput
 from mixtral_jax.model.dispatch import combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 
-_FEW = 32
+_FEW, _FEW_BY_OUTPUT = 32, 64
 _GROUP = 4
-"""Rows that an expert takes of its own at a time. Of eight texts that choose two of eight experts, it has two."""
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 32, 512
+"""Rows of its own that an expert takes at a time where matrices lie by output. Of eight texts that choose two of eight
+experts, it has two."""
+_SMALLEST_BLOCK, _SMALLEST_ON_CPU, _LARGEST_BLOCK = 32, 8, 512
+"""Rows that an expert takes at a time where tokens are sorted. On a CPU, rows of nothing cost as much as any."""
 
 
 def by_need(
@@ -41,15 +43,20 @@ def by_need(
     """
     if x_ND.shape[0] == 1:
         return one_row(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
-    if x_ND.shape[0] > _FEW:
-        return sorted_rows(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
-    together, apart = (partial(form, experts=experts, execution=execution) for form in (all_rows, own_rows))
-    if isinstance(experts[0].gate, ByOutput):
-        return apart(x_ND, expert_NA, gate_NA, mask_N, size=min(_GROUP, x_ND.shape[0]))
-    if expert_NA.size > 2 * len(experts) or not _is_fast_by_row(experts):
-        return together(x_ND, expert_NA, gate_NA, mask_N)
-    one_by_one = partial(apart, size=1)
-    y_ND: jax.Array = jax.lax.platform_dependent(x_ND, expert_NA, gate_NA, mask_N, cpu=one_by_one, default=together)
+    together, apart, sorted_by_expert = (
+        partial(form, experts=experts, execution=execution) for form in (all_rows, own_rows, sorted_rows)
+    )
+    inputs = x_ND, expert_NA, gate_NA, mask_N
+    lies_by_output = isinstance(experts[0].gate, ByOutput)
+    if x_ND.shape[0] > (_FEW_BY_OUTPUT if lies_by_output else _FEW):
+        on_cpu, elsewhere = (partial(sorted_by_expert, smallest=each) for each in (_SMALLEST_ON_CPU, _SMALLEST_BLOCK))
+    elif lies_by_output:
+        return apart(*inputs, size=min(_GROUP, x_ND.shape[0]))
+    elif expert_NA.size <= 2 * len(experts) and _is_fast_by_row(experts):
+        on_cpu, elsewhere = partial(apart, size=1), together
+    else:
+        return together(*inputs)
+    y_ND: jax.Array = jax.lax.platform_dependent(*inputs, cpu=on_cpu, default=elsewhere)
     return y_ND
 
 
@@ -151,10 +158,13 @@ def sorted_rows(
     mask_N: jax.Array,
     experts: tuple[SwiGLU, ...],
     execution: Execution,
+    smallest: int,
 ) -> jax.Array:
-    """`by_need` with tokens sorted by expert, each expert taking its own."""
+    """`by_need` with tokens sorted by expert, each expert taking its own, by blocks of so many or more."""
     slots, sizes_E = sorted_slots(expert_NA, mask_N, len(experts))
-    return combine(_in_blocks(spread(x_ND, slots), sizes_E, experts, execution), gate_NA, slots)
+    x_MD = spread(x_ND, slots)
+    block = _block(x_MD.shape[0], len(experts), smallest)
+    return combine(_in_blocks(x_MD, sizes_E, experts, execution, block), gate_NA, slots)
 
 
 def _gates(expert_NA: jax.Array, gate_NA: jax.Array, mask_N: jax.Array, experts: int) -> jax.Array:
@@ -162,21 +172,22 @@ def _gates(expert_NA: jax.Array, gate_NA: jax.Array, mask_N: jax.Array, experts:
     return jnp.sum(jax.nn.one_hot(expert_NA, experts) * gate_NA[..., None], axis=1) * mask_N[:, None]
 
 
-def _block(rows: int, experts: int) -> int:
+def _block(rows: int, experts: int, smallest: int) -> int:
     """What an expert takes of so many rows if they are balanced, as a power of two within bounds, so that its last
     block is not mostly empty: 512 rows over 8 experts are taken by 64."""
     balanced = 1 << (max(1, rows // experts) - 1).bit_length()
-    return min(rows, _LARGEST_BLOCK, max(_SMALLEST_BLOCK, balanced))
+    return min(rows, _LARGEST_BLOCK, max(smallest, balanced))
 
 
-def _in_blocks(x_MD: jax.Array, sizes_E: jax.Array, experts: tuple[SwiGLU, ...], execution: Execution) -> jax.Array:
+def _in_blocks(
+    x_MD: jax.Array, sizes_E: jax.Array, experts: tuple[SwiGLU, ...], execution: Execution, block: int
+) -> jax.Array:
     """Rows in expert order, each through its expert, [M, D]; what stands in rows beyond the sizes' sum means nothing.
 
     A loop is as long as its expert has blocks. The last one runs on into rows of the next expert, which then writes
     them again.
     """
     num_rows = x_MD.shape[0]
-    block = _block(num_rows, len(experts))
     x_MD = jnp.pad(x_MD, [(0, block), (0, 0)])
     y_MD = jnp.zeros(x_MD.shape, execution.activation_dtype)
     starts_E = jnp.cumsum(sizes_E) - sizes_E

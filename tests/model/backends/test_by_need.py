@@ -55,7 +55,7 @@ def _choices(tokens, seed=0):
     return x, expert, gate, rng.random(tokens) > 0.2
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 32, 33, 700])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 32, 33, 64, 65, 700])
 def test_equals_the_dense_form(tokens, lay):
     x, expert, gate, mask = _choices(tokens)
     y = jax.jit(by_need, static_argnums=5)(x, expert, gate, mask, lay(_experts()), Execution())
