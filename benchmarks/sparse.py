@@ -61,7 +61,7 @@ def _decoder(config: ModelConfig) -> Callable[[], object]:
 
 
 def switch(repeats: int) -> list[Row]:
-    """A layer's experts for so many tokens, in by_need's two forms: all rows through each, or sorted and in blocks."""
+    """A layer's experts for so many tokens: all rows through each chosen one, or sorted and in blocks as on a CPU."""
     moe = MIXTURE.moe
     assert moe is not None
     execution, rng = Execution(), np.random.default_rng(0)
@@ -77,7 +77,8 @@ def switch(repeats: int) -> list[Row]:
         expert_NA = jnp.asarray(np.array(chosen), jnp.int32)
         gate_NA = jnp.full(expert_NA.shape, 1 / moe.experts_per_token, jnp.float32)
         inputs = draw(tokens, dim), expert_NA, gate_NA, jnp.ones(tokens, bool), experts
-        forms = {"all rows": by_need.all_rows, "in blocks": partial(by_need.sorted_rows, smallest=8)}
+        block = by_need.block_on_cpu(expert_NA.size, experts)
+        forms = {"all rows": by_need.all_rows, "in blocks": partial(by_need.sorted_rows, block=block)}
         calls = {name: _call(form, inputs, execution) for name, form in forms.items()}
         rows += rates(f"{tokens} tokens", "calls/s", 1, interleave(calls, repeats), "all rows")
     return rows

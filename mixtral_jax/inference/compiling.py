@@ -1,4 +1,4 @@
-"""`jax.jit` for the programs of inference, with what the compiler of the platform has to be told."""
+"""`jax.jit` for the programs of inference, with what the compiler has to be told where they use `few_rows`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def program(**options: Any) -> Callable[[Callable[..., Any]], Program]:
 
 
 class Program:
-    """A jitted function, compiled for the devices of the current mesh or else for the default one."""
+    """A jitted function, for a mesh and for a single device."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]):
         functools.update_wrapper(self, function)
         self._anywhere = jax.jit(function, **options)
-        self._on_cpu = jax.jit(function, compiler_options=few_rows.OPTIONS, **options)
+        self._of_few_rows = jax.jit(function, compiler_options=few_rows.OPTIONS, **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.jitted(*args, **kwargs)
@@ -33,7 +33,5 @@ class Program:
 
     @property
     def jitted(self) -> Any:
-        """What `jax.jit` made of it for the platform."""
-        on_default = current_mesh() is None
-        platform = jax.default_backend() if on_default else jax.sharding.get_mesh().devices.flat[0].platform
-        return self._on_cpu if platform == "cpu" else self._anywhere
+        """What `jax.jit` made of it, as weights are prepared here."""
+        return self._of_few_rows if current_mesh() is None and few_rows.are_for_this_host() else self._anywhere

@@ -16,17 +16,19 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mixtral_jax.config import Execution, ModelConfig
+from mixtral_jax.model.backends import few_rows
 from mixtral_jax.model.backends.few_rows import ByOutput, by_output
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.tensors import Tensor, assign, look_up, tensors
 from mixtral_jax.quantization import FLOAT32, Bits, is_quantized, quantize, scale_shape
 from mixtral_jax.sharding.axes import Names
-from mixtral_jax.sharding.chips import multiplies_bfloat16
 from mixtral_jax.sharding.partition import check_divisible, place
 from mixtral_jax.sharding.rules import DECODING
 
 _EXPERT_WEIGHTS = ("gate", "up", "down")
+_OTHER_FORMS = Quantized | ByOutput
+"""What a matrix may be instead of an array."""
 
 
 class Prepared(NamedTuple):
@@ -81,7 +83,7 @@ def arrange(config: ModelConfig, leaf_of: Callable[[Tensor], Any]) -> Prepared:
         if tensor.layer is None:
             assign(top, tensor.path, leaf)
         elif tensor.expert is None:
-            form = "prepared" if isinstance(leaf, Quantized | ByOutput) else "params"
+            form = "prepared" if isinstance(leaf, _OTHER_FORMS) else "params"
             assign(layers[tensor.layer].setdefault(form, {}), tensor.path[1:], leaf)
         else:
             experts.setdefault((tensor.layer, tensor.expert), {})[tensor.path[-1]] = leaf
@@ -109,8 +111,8 @@ def _put(
 
 
 def _lies_by_output(mesh: Mesh | None) -> bool:
-    """Whether those in bfloat16 do, for `few_rows`; one row of a float32 one XLA multiplies faster as it is."""
-    return mesh is None and jax.default_backend() == "cpu" and not multiplies_bfloat16("cpu")
+    """Whether matrices in bfloat16 do, for `few_rows`; of a float32 one, XLA multiplies one row faster as it is."""
+    return mesh is None and few_rows.are_for_this_host()
 
 
 def computed_dtype(tensor: Tensor, execution: Execution) -> jnp.dtype:
@@ -144,7 +146,7 @@ def restore(prepared: Prepared) -> Any:
     """The public tree again, layers and experts stacked, in the dtypes prepared; float32 where quantised."""
     last = prepared.unembedding_DV
     untied = last is not None and not (isinstance(last, ByOutput) and last.values is prepared.embedding_VD)
-    prepared = jax.tree.map(_as_array, prepared, is_leaf=lambda leaf: isinstance(leaf, Quantized | ByOutput))
+    prepared = jax.tree.map(_as_array, prepared, is_leaf=lambda leaf: isinstance(leaf, _OTHER_FORMS))
     layers = [_public_layer(layer) for layer in prepared.layers]
     params = {
         "embedding": prepared.embedding_VD,

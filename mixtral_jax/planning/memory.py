@@ -118,7 +118,7 @@ def decoding_weights(job: Job) -> DecodingWeights:
 def _decoding_bytes(leaf: Leaf, job: Job) -> int:
     local = leaf.size // parts(leaf.names, DECODING, job.mesh)
     if job.quantize is None or not is_quantized(leaf.tensor):
-        return local * (_FLOAT if leaf.kind in ("norm", "router") else DTYPE_BYTES[job.execution.product_dtype])
+        return local * (_FLOAT if leaf.kind in ("norm", "router") else DTYPE_BYTES[job.execution.held_dtype])
     scales = scale_shape(leaf.tensor, job.quantize)
     # What has one scale has nothing to split.
     names = tuple(None if size == 1 else name for size, name in zip(scales, leaf.tensor.axes, strict=True))

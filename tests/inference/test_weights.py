@@ -9,13 +9,14 @@ from oracles import tiny
 
 from mixtral_jax.config import Execution
 from mixtral_jax.inference.weights import prepare, restore
+from mixtral_jax.model.backends import few_rows
 from mixtral_jax.model.backends.few_rows import ByOutput
 
 
 @pytest.fixture(params=[True, False], ids=["fast-bfloat16", "slow-bfloat16"])
 def fast(request, monkeypatch):
     """A CPU with units for bfloat16, and one without."""
-    monkeypatch.setattr("mixtral_jax.inference.weights.multiplies_bfloat16", lambda platform: request.param)
+    monkeypatch.setattr(few_rows, "are_for_this_host", lambda: not request.param)
     return request.param
 
 

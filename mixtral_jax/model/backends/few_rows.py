@@ -9,18 +9,26 @@ reorder one: in programs compiled with OPTIONS. In others the same loop takes fo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mixtral_jax.sharding.chips import multiplies_bfloat16
+
 OPTIONS = {"xla_cpu_enable_fast_math": True}
 """The compiler's. Infinities, NaN, divisions and functions stay as they are: XLA has a flag for each."""
 
 MOST_ROWS = 8
 """For which `product` is the faster one."""
+
+
+@cache
+def are_for_this_host() -> bool:
+    """Whether the default device is such a CPU."""
+    return jax.default_backend() == "cpu" and not multiplies_bfloat16("cpu")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("inputs",))

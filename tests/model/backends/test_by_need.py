@@ -9,6 +9,7 @@ from oracles import tiny
 from mixtral_jax.config import Execution, MoEConfig
 from mixtral_jax.inference.decode import forward
 from mixtral_jax.inference.weights import prepare
+from mixtral_jax.model.backends import few_rows
 from mixtral_jax.model.backends.by_need import by_need
 from mixtral_jax.model.backends.few_rows import OPTIONS, by_output
 from mixtral_jax.model.cache import empty_cache
@@ -97,12 +98,12 @@ def test_an_expert_that_no_real_token_chose_is_not_read(tokens, lay):
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_step_reads_the_weights_of_two_experts_a_layer(monkeypatch, fast):
     """Counted where a chosen expert's product runs, in the compiled step: for one text, two experts of eight a layer;
-    for four, two each, one text after another; for nine, those that any of them chose; where matrices lie by output,
-    some twice; for one that has ended, none."""
+    for a few in float32 two each, one text after another; where matrices lie by output, those that any of them chose,
+    for nine some twice; for one that has ended, none."""
     config = tiny.config("mixtral", num_layers=3, norm_eps=1.5e-5, moe=MoEConfig(num_experts=8, experts_per_token=2))
     execution = Execution(product_dtype="float32" if fast else "bfloat16")
     an_expert = 3 * config.dim * config.hidden_dim * (4 if fast else 2)
-    monkeypatch.setattr("mixtral_jax.inference.weights.multiplies_bfloat16", lambda platform: fast)
+    monkeypatch.setattr(few_rows, "are_for_this_host", lambda: not fast)
     weights = prepare(tiny.params(config), config, execution)
     read = []
 
@@ -123,8 +124,8 @@ def test_a_step_reads_the_weights_of_two_experts_a_layer(monkeypatch, fast):
 
     assert bytes_of_a_step([False]) == config.num_layers * 2 * an_expert
     assert bytes_of_a_step([True]) == 0
-    four, nine = (bytes_of_a_step([False] * texts) for texts in (4, 9))
-    assert four == 4 * config.num_layers * 2 * an_expert if fast else four <= config.num_layers * 8 * an_expert
-    assert config.num_layers * 2 * an_expert < nine <= config.num_layers * (8 if fast else 10) * an_expert
+    for texts, most in ((4, 8), (9, 10)):
+        several = bytes_of_a_step([False] * texts) / (config.num_layers * an_expert)
+        assert several == 2 * texts if fast else 2 < several <= most
     assert bytes_of_a_step([False] + 8 * [True]) == config.num_layers * 2 * an_expert
     assert bytes_of_a_step([False, True, True, True]) == config.num_layers * 2 * an_expert
