@@ -19,7 +19,7 @@ from mixtral_jax.model.dispatch import combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 
 _FEW = 32
-_SMALLEST_BLOCK, _SMALLEST_ON_CPU, _LARGEST_BLOCK = 32, 8, 512
+_SMALLEST_BLOCK, _LARGEST_BLOCK, _STEP = 32, 512, 8
 
 
 def by_need(
@@ -41,7 +41,7 @@ def by_need(
         return one_row(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
     inputs = x_ND, expert_NA, gate_NA, mask_N
     if x_ND.shape[0] > _FEW:
-        block = _balanced(expert_NA.size, len(experts), _SMALLEST_BLOCK)
+        block = _balanced(expert_NA.size, len(experts))
         anywhere = partial(sorted_rows, experts=experts, execution=execution, block=block)
     else:
         anywhere = partial(all_rows, experts=experts, execution=execution)
@@ -65,7 +65,10 @@ def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...]) -> int | None:
         block, most = 1, 4
     else:
         return None
-    return block if choices <= most * len(experts) else _balanced(choices, len(experts), _SMALLEST_ON_CPU)
+    if choices <= most * len(experts):
+        return block
+    # A half more than is balanced, so that few experts need a second block: of small ones the matrix is what costs.
+    return min(choices, _LARGEST_BLOCK, -(-3 * choices // (2 * len(experts) * _STEP)) * _STEP)
 
 
 def one_row(
@@ -135,11 +138,11 @@ def _gates(expert_NA: jax.Array, gate_NA: jax.Array, mask_N: jax.Array, experts:
     return jnp.sum(jax.nn.one_hot(expert_NA, experts) * gate_NA[..., None], axis=1) * mask_N[:, None]
 
 
-def _balanced(choices: int, experts: int, smallest: int) -> int:
+def _balanced(choices: int, experts: int) -> int:
     """What an expert takes of so many choices if they are balanced, as a power of two within bounds, so that its last
     block is not mostly empty: 512 over 8 experts are taken by 64."""
     balanced = 1 << (max(1, choices // experts) - 1).bit_length()
-    return min(choices, _LARGEST_BLOCK, max(smallest, balanced))
+    return min(choices, _LARGEST_BLOCK, max(_SMALLEST_BLOCK, balanced))
 
 
 def _in_blocks(
