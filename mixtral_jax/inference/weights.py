@@ -68,7 +68,7 @@ def assemble(
     if mesh is not None:
         _check_divides(config, mesh, quantize_to)
     prepared = arrange(config, lambda tensor: _put(read(tensor), tensor, execution, mesh, quantize_to))
-    if config.tie_embeddings and mesh is None and few_rows.are_for_this_host():
+    if config.tie_embeddings and prepared.embedding_VD.dtype == jnp.bfloat16 and _lies_by_output(mesh):
         return prepared._replace(unembedding_DV=ByOutput(prepared.embedding_VD, inputs=1))
     return prepared
 
@@ -103,14 +103,16 @@ def _put(
     if isinstance(whole, Quantized):
         return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), whole)
     whole, dtype = np.asarray(whole), computed_dtype(tensor, execution)
-    if is_quantized(tensor) and mesh is None and few_rows.are_for_this_host():
-        # One that came in bfloat16 is as exact in it, whatever it is multiplied in.
-        dtype = jnp.dtype(jnp.bfloat16) if jnp.bfloat16 in (whole.dtype, dtype) else dtype
-        # Of a small one in float32, XLA multiplies one row faster as it is.
-        if dtype == jnp.bfloat16 or tensor.layer is None:
-            lying = by_output(whole, tensor.inputs)
-            return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, dtype), lying)
+    # One that came in bfloat16 is as exact in it, whatever it is multiplied in.
+    if is_quantized(tensor) and jnp.bfloat16 in (whole.dtype, dtype) and _lies_by_output(mesh):
+        lying = by_output(whole, tensor.inputs)
+        return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, jnp.bfloat16), lying)
     return _on_devices(whole, tensor, mesh, dtype)
+
+
+def _lies_by_output(mesh: Mesh | None) -> bool:
+    """Whether matrices in bfloat16 do, for `few_rows`; of a float32 one, XLA multiplies one row faster as it is."""
+    return mesh is None and few_rows.are_for_this_host()
 
 
 def computed_dtype(tensor: Tensor, execution: Execution) -> jnp.dtype:

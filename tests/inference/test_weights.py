@@ -58,8 +58,6 @@ def test_a_matrix_in_bfloat16_stays_so_where_it_is_as_exact_and_faster(fast):
     prepared = prepare(short, config, Execution())
     query = prepared.layers[0]["params" if fast else "prepared"]["attention"]["query"]
     assert jax.tree.leaves(query)[0].dtype == (jnp.float32 if fast else jnp.bfloat16)
-    for dtype in ("float32", "bfloat16"):
-        prepared = prepare(short, config, Execution(weight_dtype=dtype))
-        last = prepared.unembedding_DV
-        assert prepared.embedding_VD.dtype == dtype
-        assert last is None if fast else last.values is prepared.embedding_VD  # which is held once
+    assert prepared.unembedding_DV is None  # the embedding is in float32, for what one row is added to
+    last = prepare(short, config, Execution(weight_dtype="bfloat16")).unembedding_DV
+    assert last is None if fast else last.values.dtype == jnp.bfloat16
