@@ -101,7 +101,9 @@ def _put(
     if quantize_to is not None and is_quantized(tensor) and not isinstance(whole, Quantized):
         whole = quantize(whole, tensor, quantize_to)
     if isinstance(whole, Quantized):
-        return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), whole)
+        lies_by_output = whole.values.dtype == np.int8 and _lies_by_output(mesh)
+        form = by_output(whole, tensor.inputs) if lies_by_output else whole
+        return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), form)
     whole, dtype = np.asarray(whole), computed_dtype(tensor, execution)
     # One that came in bfloat16 is as exact in it, whatever it is multiplied in.
     if is_quantized(tensor) and jnp.bfloat16 in (whole.dtype, dtype) and _lies_by_output(mesh):
@@ -111,7 +113,10 @@ def _put(
 
 
 def _lies_by_output(mesh: Mesh | None) -> bool:
-    """Whether matrices in bfloat16 do, for `few_rows`; of a float32 one, XLA multiplies one row faster as it is."""
+    """Whether matrices in bfloat16 and int8 do, for `few_rows`.
+
+    Of a float32 one XLA multiplies one row faster as it is; an int4 one it would unpack in slow loops.
+    """
     return mesh is None and few_rows.are_for_this_host()
 
 

@@ -147,8 +147,10 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(self.execution.product_dtype)
         expert_NA, gate_NA = (each.reshape(x_ND.shape[0], -1) for each in (expert_BTA, gate_BTA))
         experts = self.get_variable("prepared", "experts")
-        hidden = self.rules.mesh_axes("hidden")
-        serve = over_parts(partial(by_need, execution=self.execution), _layouts(experts, hidden), hidden)
+        serve: Callable[..., jax.Array] = partial(by_need, execution=self.execution)
+        if current_mesh() is not None:
+            hidden = self.rules.mesh_axes("hidden")
+            serve = over_parts(serve, _layouts(experts, hidden), hidden)
         y_ND = serve(x_ND, expert_NA, gate_NA, mask_BT.reshape(-1), experts)
         return y_ND.reshape(x_BTD.shape), jnp.broadcast_to(mask_BT[..., None], expert_BTA.shape)
 

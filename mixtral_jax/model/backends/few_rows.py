@@ -1,9 +1,9 @@
 """Products of a few rows with a matrix, on a CPU without units for bfloat16.
 
 There the matrix is what costs, and XLA:CPU packs it before it multiplies more rows than one: decoding waits for that.
-Here the sums of all rows run through it side by side, in one loop that reads it once, as it lies, and in bfloat16 at
-half the bytes. So it has to lie output by output, and XLA has to vectorise a sum, which it does only where it may
-reorder one: in programs compiled with OPTIONS. In others the same loop takes four times as long.
+Here the sums of all rows run through it side by side, in one loop that reads it once, as it lies: in bfloat16 at half
+the bytes, in int8 at a quarter. So it has to lie output by output, and XLA has to vectorise a sum, which it does only
+where it may reorder one: in programs compiled with OPTIONS. In others the same loop takes four times as long.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.sharding.chips import multiplies_bfloat16
 
 OPTIONS = {"xla_cpu_enable_fast_math": True}
@@ -31,7 +32,7 @@ def are_for_this_host() -> bool:
     return jax.default_backend() == "cpu" and not multiplies_bfloat16("cpu")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("inputs",))
+@partial(jax.tree_util.register_dataclass, data_fields=("values", "scale"), meta_fields=("inputs",))
 @dataclass(frozen=True)
 class ByOutput:
     """A matrix that lies output by output, though its own shape has the inputs first; on the host or on a device."""
@@ -40,6 +41,8 @@ class ByOutput:
     """An array of jax, or while it is on the host of numpy: the outputs' dimensions, then the inputs'."""
     inputs: int
     """How many of its own dimensions, the first, are summed over."""
+    scale: Any = None
+    """float32, the outputs' dimensions: what whole numbers are multiplied by; None where values are weights."""
 
     @property
     def ndim(self) -> int:
@@ -54,14 +57,17 @@ class ByOutput:
         return dims[self.inputs :] + dims[: self.inputs]
 
     def restored(self) -> Any:
-        """The array in its own shape."""
+        """The array in its own shape; float32 where it has a scale."""
         outputs = self.ndim - self.inputs
-        return self.values.transpose(*range(outputs, self.ndim), *range(outputs))
+        values = self.values.transpose(*range(outputs, self.ndim), *range(outputs))
+        return values if self.scale is None else values.astype(jnp.float32) * self.scale[(None,) * self.inputs]
 
 
 def by_output(weight: Any, inputs: int) -> ByOutput:
-    """A matrix whose first dimensions, so many, are its inputs."""
-    return ByOutput(weight.transpose(*range(inputs, weight.ndim), *range(inputs)), inputs)
+    """A matrix whose first dimensions, so many, are its inputs; if Quantized, with a scale for each output."""
+    values, scale = (weight.values, weight.scale) if isinstance(weight, Quantized) else (weight, None)
+    lying = values.transpose(*range(inputs, values.ndim), *range(inputs))
+    return ByOutput(lying, inputs, None if scale is None else scale.reshape(values.shape[inputs:]))
 
 
 def product(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:

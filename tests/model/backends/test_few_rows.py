@@ -7,6 +7,7 @@ import pytest
 
 from mixtral_jax.model.backends.few_rows import OPTIONS, by_output
 from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.backends.quantized import Quantized
 
 
 def _operands(x_shape, w_shape, dtype):
@@ -32,6 +33,25 @@ def test_equals_float64(spec, x_shape, w_shape, inputs, rows, held, options):
     multiply = jax.jit(lambda x, w: einsum(spec, x, w, dtype="float32"), compiler_options=options)
     expected = np.einsum(spec, np.asarray(x, np.float64), np.asarray(w, np.float64))
     np.testing.assert_allclose(multiply(x, by_output(w, inputs)), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [None, OPTIONS], ids=["in-order", "reordered"])
+@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize(
+    ("spec", "x_shape", "w_shape", "inputs"),
+    [("BTD,DF->BTF", (24,), (24, 10), 1), ("BTNH,NHD->BTD", (6, 4), (6, 4, 5), 2)],
+)
+def test_whole_numbers_have_a_scale_for_each_output(spec, x_shape, w_shape, inputs, rows, options):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((rows, 1, *x_shape)), jnp.float32)
+    scale = rng.uniform(0.001, 0.02, [1] * inputs + list(w_shape[inputs:])).astype(np.float32)
+    w = Quantized(rng.integers(-127, 128, w_shape).astype(np.int8), scale)
+    weights = w.values.astype(np.float64) * scale
+    lying = by_output(w, inputs)
+    np.testing.assert_allclose(lying.restored(), weights, rtol=1e-6)
+    multiply = jax.jit(lambda x, w: einsum(spec, x, w, dtype="float32"), compiler_options=options)
+    found = multiply(x, jax.tree.map(jnp.asarray, lying))
+    np.testing.assert_allclose(found, np.einsum(spec, np.asarray(x, np.float64), weights), atol=2e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9])
