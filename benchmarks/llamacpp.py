@@ -25,8 +25,9 @@ from mixtral_jax.loading import load  # noqa: E402
 
 PROMPT = "The mesh of a pod has as many axes as"
 FORMS: dict[str, dict[str, Any]] = {
-    "ours, int4": {"dtype": "float32", "quantize": "int4"},
-    "ours, int8": {"dtype": "float32", "quantize": "int8"},
+    "ours, int4": {"dtype": "auto", "quantize": "int4"},
+    "ours, int8": {"dtype": "auto", "quantize": "int8"},
+    "ours, not quantised": {"dtype": "auto"},
     "ours, float32": {"dtype": "float32"},
 }
 
