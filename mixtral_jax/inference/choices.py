@@ -11,6 +11,7 @@ import numpy as np
 
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.errors import InputError
+from mixtral_jax.inference.decode import embed
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.attention import Context
 from mixtral_jax.model.backends.products import einsum
@@ -60,7 +61,7 @@ def choices(
 def _forward(weights: Prepared, tokens_BT: Any, real_BT: Any, config: ModelConfig, execution: Execution) -> jax.Array:
     position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
     context = Context(rotation(position_BT, config.head_dim, config.rope_theta), jnp.asarray(real_BT))
-    x_BTD = weights.embedding_VD[tokens_BT].astype(execution.activation_dtype)
+    x_BTD = embed(weights, tokens_BT, execution)
     found = []
     block = Block(config, execution, rules=DECODING)
 

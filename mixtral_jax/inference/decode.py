@@ -52,7 +52,7 @@ def forward(
         window_view, cache, position_BT = view(cache, real_BT, config.sliding_window, fresh, row_B)
     angles = rotation(position_BT, config.head_dim, config.rope_theta)
     context = Context(angles, real_BT, view=window_view)
-    x_BTD = weights.embedding_VD[tokens_BT].astype(execution.activation_dtype)
+    x_BTD = embed(weights, tokens_BT, execution)
     layers = []
     for index, variables in enumerate(weights.layers):
         layer = None if cache is None else cache.layers[index]
@@ -75,6 +75,24 @@ def _layer(
     """One layer; jitted, so that it's traced once for all of them, which otherwise takes longer than to compile."""
     x_BTD, (_, cache) = Block(config, execution, rules=DECODING).apply(variables, x_BTD, context, cache)
     return x_BTD, jax.tree.map(lambda each: constrain(each, CACHE_AXES, DECODING), cache)
+
+
+def embed(weights: Prepared, tokens_BT: jax.Array, execution: Execution) -> jax.Array:
+    """The tokens' rows of the embedding, [B, T, D]."""
+
+    def on_cpu(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        # Before a loop XLA:CPU would make float32 of the whole table. Its bits it takes as they are.
+        bits_BTD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[tokens_BT]
+        return jax.lax.bitcast_convert_type(bits_BTD, table_VD.dtype)
+
+    def elsewhere(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        return table_VD[tokens_BT]
+
+    if weights.embedding_VD.dtype == jnp.bfloat16:
+        x_BTD = jax.lax.platform_dependent(weights.embedding_VD, tokens_BT, cpu=on_cpu, default=elsewhere)
+    else:
+        x_BTD = elsewhere(weights.embedding_VD, tokens_BT)
+    return x_BTD.astype(execution.activation_dtype)
 
 
 def unembed(weights: Prepared, hidden_BTD: jax.Array, execution: Execution) -> jax.Array:
