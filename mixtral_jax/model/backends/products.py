@@ -93,15 +93,14 @@ def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Q
 def _product_by_output(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: ByOutput) -> jax.Array:
     """The float32 product with a matrix that lies as `w_dims`, and may be held in fewer bits than x is."""
     inputs, outputs = w_dims[-w.inputs :], w_dims[: -w.inputs]
-    if w.scale is not None:
-        y = _product_by_output(x_dims, w_dims, y_dims, x, ByOutput(w.values, w.inputs))
-        return y * _along(y_dims, outputs, w.scale)
     rows = math.prod(x.shape[: -w.inputs])
     if rows > few_rows.MOST_ROWS or not x_dims.endswith(inputs) or y_dims != x_dims[: -w.inputs] + outputs:
-        return _contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype))
-    size = math.prod(x.shape[-w.inputs :])
-    y_MN = few_rows.product(x.reshape(rows, size), w.values.reshape(-1, size))
-    return y_MN.reshape(*x.shape[: -w.inputs], *w.shape[w.inputs :])
+        y = _contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype))
+    else:
+        size = math.prod(x.shape[-w.inputs :])
+        y_MN = few_rows.product(x.reshape(rows, size), w.values.reshape(-1, size))
+        y = y_MN.reshape(*x.shape[: -w.inputs], *w.shape[w.inputs :])
+    return y if w.scale is None else y * _along(y_dims, outputs, w.scale)
 
 
 def _along(dims: str, w_dims: str, scale: jax.Array) -> jax.Array:
