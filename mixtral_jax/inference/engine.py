@@ -168,33 +168,30 @@ class Engine:
         self._admit()
         pieces: list[tuple[_Text, int]] = []
         kind: tuple[int, bool] | None = None
-        for text in list(self._prefilling):
+        for text in self._prefilling:
             self._look_up(text)
             if not text.left:
-                self._begin(text)
                 continue
             size, real = _piece(text.left, self.config.prefill_chunk)
             own = size, text.done == 0
             kind = kind or own
             if own == kind and len(pieces) < self._runner.rows(size):
                 pieces.append((text, real))
-        if kind is None:
-            return
-        tokens = {text.row: text.request.prompt[text.done : text.done + real] for text, real in pieces}
-        self._runner.take_in(tokens, *kind)
+        if kind is not None:
+            tokens = {text.row: text.request.prompt[text.done : text.done + real] for text, real in pieces}
+            self._runner.take_in(tokens, *kind)
         for text, real in pieces:
             text.done += real
             self._keep(text, real)
-            if text.left:
-                self._prefilling.remove(text)
-                self._prefilling.append(text)
-            else:
-                self._begin(text)
+            self._prefilling.remove(text)
+            self._prefilling.append(text)
+        self._begin([text for text in self._prefilling if not text.left])
 
-    def _begin(self, text: _Text) -> None:
-        self._runner.begin(text.row, text.request)
-        self._prefilling.remove(text)
-        self._decoding[text.row] = text
+    def _begin(self, texts: list[_Text]) -> None:
+        self._runner.begin({text.row: text.request for text in texts})
+        for text in texts:
+            self._prefilling.remove(text)
+            self._decoding[text.row] = text
 
     def _look_up(self, text: _Text) -> None:
         """Moves a text on to the longest beginning that is kept."""

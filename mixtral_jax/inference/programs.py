@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mixtral_jax.inference.compiling import program
 from mixtral_jax.inference.decode import forward, unembed
 from mixtral_jax.inference.proposals import Proposer
-from mixtral_jax.inference.sampling import choose
+from mixtral_jax.inference.sampling import EVERY_TOKEN, choose
 from mixtral_jax.inference.slots import (
     MOST_LOGPROBS,
     NO_LOGPROBS,
@@ -23,16 +22,13 @@ from mixtral_jax.inference.slots import (
     Model,
     Settings,
     Slots,
-    columns,
+    active_values,
     keys,
     pinned,
     replicated,
 )
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.cache import EMPTY, rewind
-
-_WORD = 32
-_ALL = np.uint32(0xFFFFFFFF)
 
 
 @program(static_argnames=("models", "fresh"), donate_argnames=("slots",))
@@ -63,43 +59,50 @@ def prefill(
 @program(donate_argnames=("slots",))
 def begin(
     slots: Slots,
-    row: jax.Array,
-    token: jax.Array,
-    length: jax.Array,
+    row_P: jax.Array,
+    token_P: jax.Array,
+    length_P: jax.Array,
     settings: Settings,
-    index: jax.Array,
-    seen_V: jax.Array,
-    history_N: jax.Array,
+    index_P: jax.Array,
+    history_PN: jax.Array,
 ) -> Slots:
-    """Has a row decode, whose caches hold all of a prompt but its last token.
+    """Has rows decode, whose caches hold all of a prompt but its last token.
 
     Args:
-      row: int32.
-      token: int32, the prompt's last.
-      length: int32, the tokens before it; with none, what the row held is forgotten.
-      settings: the text's.
-      index: uint32, which of the texts of its key it is.
-      seen_V: bool, the prompt's tokens.
-      history_N: int32, the prompt, -1 after its end.
+      row_P: int32; the number of slots where there are fewer texts.
+      token_P: int32, each prompt's last.
+      length_P: int32, the tokens before it; with none, what the row held is forgotten.
+      settings: the texts', each [P, ...].
+      index_P: uint32, which of the texts of its key it is.
+      history_PN: int32, the prompt, -1 after its end.
     """
-    key = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(settings.key), index))
-    settings = settings._replace(key=key)
+
+    def put(every: jax.Array, own: jax.Array | bool | int) -> jax.Array:
+        return every.at[row_P].set(own, mode="drop")
+
     caches = tuple(
         cache._replace(
-            position_BR=cache.position_BR.at[row].set(jnp.where(length > 0, cache.position_BR[row], EMPTY)),
-            length_B=cache.length_B.at[row].set(length),
+            position_BR=put(
+                cache.position_BR,
+                jnp.where(length_P[:, None] > 0, cache.position_BR.at[row_P].get(mode="clip"), EMPTY),
+            ),
+            length_B=put(cache.length_B, length_P),
         )
         for cache in slots.caches
     )
+    vocabulary = slots.seen_BV.shape[1]
+    key_P2 = jax.random.key_data(keys(settings.key, index_P))
+    said_PN = jnp.where(history_PN < 0, vocabulary, history_PN)
+    seen_PV = jnp.zeros((row_P.shape[0], vocabulary), bool)
     return pinned(
         Slots(
             caches=caches,
-            settings=jax.tree.map(lambda every, own: every.at[row].set(own), slots.settings, settings),
-            token_B=slots.token_B.at[row].set(token),
-            count_B=slots.count_B.at[row].set(0),
-            active_B=slots.active_B.at[row].set(True),
-            seen_BV=slots.seen_BV.at[row].set(seen_V),
-            history_BN=slots.history_BN.at[row].set(history_N),
+            settings=jax.tree.map(put, slots.settings, settings._replace(key=key_P2)),
+            token_B=put(slots.token_B, token_P),
+            count_B=put(slots.count_B, 0),
+            active_B=put(slots.active_B, True),
+            seen_BV=put(slots.seen_BV, seen_PV.at[jnp.arange(row_P.shape[0])[:, None], said_PN].set(True, mode="drop")),
+            history_BN=put(slots.history_BN, history_PN),
         )
     )
 
@@ -177,7 +180,7 @@ def _step(
     choice_BT = _choices(logits_BTV, token_BT, slots, allowed_BW)
     right_BD = (proposal_BD == choice_BT[:, :-1]) & real_BT[:, 1:]
     # What a constrained text may say after its next token is not known yet.
-    right_BD &= jnp.all(allowed_BW == _ALL, axis=1, keepdims=True)
+    right_BD &= jnp.all(allowed_BW == EVERY_TOKEN, axis=1, keepdims=True)
     new_B = 1 + jnp.sum(jnp.cumprod(right_BD, axis=1), axis=1, dtype=jnp.int32)
     new_B, ended_B = _cut(choice_BT, new_B, slots)
     caches = tuple(rewind(each, length_B + new_B) if proposer.tokens else each for each in (cache, *draft_caches))
@@ -204,15 +207,12 @@ def _step(
 def _choices(logits_BTV: jax.Array, token_BT: jax.Array, slots: Slots, allowed_BW: jax.Array) -> jax.Array:
     """The model's choice after each token, int32 [B, T], given that all before it are the text's."""
     choices, seen_BV, row_B = [], slots.seen_BV, jnp.arange(token_BT.shape[0])
-    values = columns(slots.settings.values)
+    values = active_values(slots)
     for place in range(token_BT.shape[1]):
-        logits_BV = logits_BTV[:, place]
-        if place == 0:
-            logits_BV = _masked(logits_BV, allowed_BW)
-        else:
+        if place > 0:
             seen_BV = seen_BV.at[row_B, token_BT[:, place]].set(True, mode="drop")
         key_B = keys(slots.settings.key, slots.count_B + place)
-        choices.append(choose(logits_BV, key_B, seen_BV, values))
+        choices.append(choose(logits_BTV[:, place], key_B, seen_BV, values, allowed_BW if place == 0 else None))
     return jnp.stack(choices, axis=1)
 
 
@@ -266,16 +266,3 @@ def _appended(so_far: Chosen, chosen: Chosen) -> Chosen:
         proposed=so_far.proposed + chosen.proposed,
         accepted=so_far.accepted + chosen.accepted,
     )
-
-
-def _masked(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
-    """Logits with -inf for the tokens that are not allowed."""
-
-    def mask(logits_BV: jax.Array) -> jax.Array:
-        bit_W = jnp.arange(_WORD, dtype=jnp.uint32)
-        allowed_BV = (allowed_BW[..., None] >> bit_W[None, None]) & 1
-        allowed_BV = allowed_BV.reshape(allowed_BW.shape[0], -1)[:, : logits_BV.shape[1]]
-        return jnp.where(allowed_BV == 1, logits_BV, -jnp.inf)
-
-    everything = jnp.all(allowed_BW == _ALL)
-    return jax.lax.cond(everything, lambda logits_BV: logits_BV, mask, logits_BV)

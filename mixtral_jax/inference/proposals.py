@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mixtral_jax.inference.decode import forward, unembed
 from mixtral_jax.inference.sampling import choose
-from mixtral_jax.inference.slots import Model, Slots, columns, keys
+from mixtral_jax.inference.slots import Model, Slots, active_values, keys
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.cache import Cache
 
@@ -96,7 +96,7 @@ class Draft:
         """See Proposer."""
         small, cache = models[1], slots.caches[1]
         token_B, seen_BV, row_B = slots.token_B, slots.seen_BV, jnp.arange(slots.token_B.shape[0])
-        values, proposals = columns(slots.settings.values), []
+        values, proposals = active_values(slots), []
         # Once more than there are proposals, so that the last of them is in the cache too.
         for place in range(self.tokens + 1):
             hidden_B1D, moved = forward(

@@ -16,6 +16,7 @@ from mixtral_jax.inference import programs, requests
 from mixtral_jax.inference.prefixes import empty_pool, restore, save
 from mixtral_jax.inference.proposals import Draft, Lookup, NoProposals, Proposer
 from mixtral_jax.inference.requests import EngineConfig, Request
+from mixtral_jax.inference.sampling import EVERY_TOKEN
 from mixtral_jax.inference.slots import Chosen, Model, Slots, empty_settings, pinned
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.cache import empty_cache, num_slots
@@ -23,6 +24,7 @@ from mixtral_jax.sharding.mesh import current_mesh
 
 MOST_STEPS = 8
 """Steps of a decode call."""
+_BEGUN_AT_ONCE = 8
 _SMALLEST_CHUNK = 16
 
 
@@ -59,7 +61,7 @@ class Runner:
         self._proposer = _proposer(config)
         self.max_length = min(config.length(each.config) for each in loaded)
         self.vocab_size = model.config.vocab_size
-        self.everything_BW = np.full((config.slots, -(-self.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        self.everything_BW = np.full((config.slots, -(-self.vocab_size // 32)), EVERY_TOKEN)
         with self.on_mesh():
             self._slots = self._empty_slots()
             self._pool = empty_pool(self._slots.caches, config.prefix_blocks, config.prefill_chunk)
@@ -85,7 +87,7 @@ class Runner:
             if self._config.prefix_blocks:
                 self.save(0, 0, 0)
                 self.restore(0, {0: 0})
-            self.begin(0, Request(prompt=(0,), max_new_tokens=1))
+            self.begin({0: Request(prompt=(0,), max_new_tokens=1)})
             self.decode([], 1, self.everything_BW)
 
     def rows(self, size: int) -> int:
@@ -110,22 +112,27 @@ class Runner:
             self._weights, self._slots, row_P, tokens_PT, real_PT, models=self._models, fresh=fresh
         )
 
-    def begin(self, row: int, request: Request) -> None:
-        """Has a row decode that has taken in all of a prompt but its last token."""
-        seen_V = np.zeros((self.vocab_size,), bool)
-        seen_V[list(request.prompt)] = True
-        history_N = np.full((self.max_length,), -1, np.int32)
-        history_N[: len(request.prompt)] = request.prompt
-        self._slots = programs.begin(
-            self._slots,
-            np.int32(row),
-            np.int32(request.prompt[-1]),
-            np.int32(len(request.prompt) - 1),
-            requests.settings(request),
-            np.uint32(request.index),
-            seen_V,
-            history_N,
-        )
+    def begin(self, texts: Mapping[int, Request]) -> None:
+        """Has rows decode that have taken in all of their prompts but the last token."""
+        count, waiting = min(_BEGUN_AT_ONCE, self._config.slots), list(texts.items())
+        for start in range(0, len(waiting), count):
+            rows, begun = zip(*waiting[start : start + count], strict=True)
+            # Where there are fewer, the last one's numbers stand for none.
+            padded = [*begun, *[begun[-1]] * (count - len(begun))]
+            row_P = np.full((count,), self._config.slots, np.int32)
+            row_P[: len(rows)] = rows
+            history_PN = np.full((count, self.max_length), -1, np.int32)
+            for place, request in enumerate(begun):
+                history_PN[place, : len(request.prompt)] = request.prompt
+            self._slots = programs.begin(
+                self._slots,
+                row_P,
+                np.array([request.prompt[-1] for request in padded], np.int32),
+                np.array([len(request.prompt) - 1 for request in padded], np.int32),
+                jax.tree.map(lambda *own: np.stack(own), *map(requests.settings, padded)),
+                np.array([request.index for request in padded], np.uint32),
+                history_PN,
+            )
 
     def decode(self, rows: Sequence[int], steps: int, allowed_BW: np.ndarray) -> Chosen:
         """Continues the texts in these rows and ends all others; what it brought, on the host.

@@ -9,10 +9,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mixtral_jax.errors import InputError
 
 _OUT = -jnp.inf
+_WORD = 32
+EVERY_TOKEN = np.uint32(0xFFFFFFFF)
+"""A word of bits in which every token is allowed."""
 _BLOCK = 32
 """Logits that are compared together on a CPU."""
 
@@ -103,7 +107,13 @@ def sample(logits_BV: jax.Array, key_B: jax.Array, seen_BV: jax.Array | None, fo
     return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
 
 
-def choose(logits_BV: jax.Array, key_B: jax.Array, seen_BV: jax.Array, values: Values) -> jax.Array:
+def choose(
+    logits_BV: jax.Array,
+    key_B: jax.Array,
+    seen_BV: jax.Array,
+    values: Values,
+    allowed_BW: jax.Array | None = None,
+) -> jax.Array:
     """The next token of each row by its own numbers, int32 [B]; what `sample` gives for each by itself.
 
     What no row asks for is not computed.
@@ -113,13 +123,13 @@ def choose(logits_BV: jax.Array, key_B: jax.Array, seen_BV: jax.Array, values: V
       key_B: a random key for each row.
       seen_BV: bool, the tokens of the text so far.
       values: each [B, 1].
+      allowed_BW: uint32, a bit for each token that may come; None: any may.
     """
     is_drawn_B1 = values.temperature > 0
     is_filtered_B1 = (values.top_k > 0) | (values.top_p < 1) | (values.min_p > 0)
-    is_penalised = jnp.any(values.repetition_penalty != 1)
-    logits_BV = jax.lax.cond(
-        is_penalised, lambda x_BV: penalise(x_BV, seen_BV, values.repetition_penalty), lambda x_BV: x_BV, logits_BV
-    )
+    is_plain = ~jnp.any(is_drawn_B1) & jnp.all(values.repetition_penalty == 1)
+    if allowed_BW is not None:
+        is_plain &= jnp.all(allowed_BW == EVERY_TOKEN)
 
     def draw(logits_BV: jax.Array) -> jax.Array:
         warm_BV = logits_BV / jnp.where(is_drawn_B1, values.temperature, 1)
@@ -133,7 +143,22 @@ def choose(logits_BV: jax.Array, key_B: jax.Array, seen_BV: jax.Array, values: V
         drawn_B = jax.vmap(jax.random.categorical)(key_B, warm_BV).astype(jnp.int32)
         return jnp.where(is_drawn_B1[:, 0], drawn_B, greedy(logits_BV))
 
-    return jax.lax.cond(jnp.any(is_drawn_B1), draw, greedy, logits_BV)
+    def choose_by_values(logits_BV: jax.Array) -> jax.Array:
+        if allowed_BW is not None:
+            logits_BV = masked(logits_BV, allowed_BW)
+        logits_BV = penalise(logits_BV, seen_BV, values.repetition_penalty)
+        return jax.lax.cond(jnp.any(is_drawn_B1), draw, greedy, logits_BV)
+
+    # One condition around all: XLA copies logits that come out of a branch, even those that went in.
+    return jax.lax.cond(is_plain, greedy, choose_by_values, jax.lax.optimization_barrier(logits_BV))
+
+
+def masked(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
+    """Logits with -inf for the tokens whose bit is not set."""
+    bit_W = jnp.arange(_WORD, dtype=jnp.uint32)
+    allowed_BV = (allowed_BW[..., None] >> bit_W[None, None]) & 1
+    allowed_BV = allowed_BV.reshape(allowed_BW.shape[0], -1)[:, : logits_BV.shape[1]]
+    return jnp.where(allowed_BV == 1, logits_BV, _OUT)
 
 
 def greedy(logits_BV: jax.Array) -> jax.Array:

@@ -89,9 +89,13 @@ def keys(key_B2: jax.Array, count_B: jax.Array) -> jax.Array:
     return jax.vmap(lambda key, count: jax.random.fold_in(jax.random.wrap_key_data(key), count))(key_B2, count_B)
 
 
-def columns(values: Values) -> Values:
-    """Values [B, 1], one for each row of logits."""
-    return jax.tree.map(lambda value_B: value_B[:, None], values)
+def active_values(slots: Slots) -> Values:
+    """The active texts' values, each [B, 1]; a text that has ended asks for nothing any more."""
+
+    def column(own_B: jax.Array, neutral_B: jax.Array) -> jax.Array:
+        return jnp.where(slots.active_B, own_B, neutral_B)[:, None]
+
+    return jax.tree.map(column, slots.settings.values, empty_settings(slots.active_B.shape[0]).values)
 
 
 def pinned(slots: Slots) -> Slots:

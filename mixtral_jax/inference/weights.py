@@ -68,7 +68,7 @@ def assemble(
     if mesh is not None:
         _check_divides(config, mesh, quantize_to)
     prepared = arrange(config, lambda tensor: _put(read(tensor), tensor, execution, mesh, quantize_to))
-    if config.tie_embeddings and prepared.embedding_VD.dtype == jnp.bfloat16 and _lies_by_output(mesh):
+    if config.tie_embeddings and _lies_by_output(mesh):
         return prepared._replace(unembedding_DV=ByOutput(prepared.embedding_VD, inputs=1))
     return prepared
 
@@ -105,18 +105,15 @@ def _put(
         form = by_output(whole, tensor.inputs) if lies_by_output else whole
         return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), form)
     whole, dtype = np.asarray(whole), computed_dtype(tensor, execution)
-    # One that came in bfloat16 is as exact in it, whatever it is multiplied in.
-    if is_quantized(tensor) and jnp.bfloat16 in (whole.dtype, dtype) and _lies_by_output(mesh):
-        lying = by_output(whole, tensor.inputs)
-        return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, jnp.bfloat16), lying)
+    if is_quantized(tensor) and _lies_by_output(mesh):
+        # One that came in bfloat16 is as exact in it, whatever it is multiplied in.
+        dtype = jnp.dtype(jnp.bfloat16) if whole.dtype == jnp.bfloat16 else dtype
+        return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, dtype), by_output(whole, tensor.inputs))
     return _on_devices(whole, tensor, mesh, dtype)
 
 
 def _lies_by_output(mesh: Mesh | None) -> bool:
-    """Whether matrices in bfloat16 and int8 do, for `few_rows`.
-
-    Of a float32 one XLA multiplies one row faster as it is; an int4 one it would unpack in slow loops.
-    """
+    """Whether matrices do, for `few_rows`; but those in int4 don't, which it would unpack in slow loops."""
     return mesh is None and few_rows.are_for_this_host()
 
 

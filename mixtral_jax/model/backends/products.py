@@ -93,13 +93,13 @@ def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Q
 def _product_by_output(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: ByOutput) -> jax.Array:
     """The float32 product with a matrix that lies as `w_dims`, and may be held in fewer bits than x is."""
     inputs, outputs = w_dims[-w.inputs :], w_dims[: -w.inputs]
-    rows = math.prod(x.shape[: -w.inputs])
-    if rows > few_rows.MOST_ROWS or not x_dims.endswith(inputs) or y_dims != x_dims[: -w.inputs] + outputs:
-        y = _contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype))
-    else:
-        size = math.prod(x.shape[-w.inputs :])
-        y_MN = few_rows.product(x.reshape(rows, size), w.values.reshape(-1, size))
+    rows, size = math.prod(x.shape[: -w.inputs]), math.prod(x.shape[-w.inputs :])
+    w_NK = w.values.reshape(-1, size)
+    if x_dims.endswith(inputs) and y_dims == x_dims[: -w.inputs] + outputs and few_rows.are_few(rows, w_NK):
+        y_MN = few_rows.product(x.reshape(rows, size), w_NK)
         y = y_MN.reshape(*x.shape[: -w.inputs], *w.shape[w.inputs :])
+    else:
+        y = _contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype))
     return y if w.scale is None else y * _along(y_dims, outputs, w.scale)
 
 
