@@ -34,7 +34,9 @@ def batching(config: ModelConfig, repeats: int) -> list[Row]:
 
 
 def _requests(loaded: Loaded, slots: int, count: int) -> Callable[[], Any]:
-    engine = Engine(loaded, EngineConfig(slots=slots, max_length=PROMPT + NEW, prefill_chunk=256, prefix_blocks=0))
+    # Each at its best: all prompts that come at once are taken in together, half of each at a time.
+    chunk = max(256, slots * PROMPT // 2)
+    engine = Engine(loaded, EngineConfig(slots=slots, max_length=PROMPT + NEW, prefill_chunk=chunk, prefix_blocks=0))
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, loaded.config.vocab_size, (count, PROMPT)).tolist()
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from mixtral_jax.errors import InputError
-from mixtral_jax.inference.sampling import SamplingConfig, greedy, keep_likely, penalise, sample
+from mixtral_jax.inference.sampling import EVERY_TOKEN, SamplingConfig, choose, greedy, keep_likely, penalise, sample
 
 LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]], np.float32))
 
@@ -124,3 +124,31 @@ def test_other_numbers_of_a_form_do_not_compile_anew():
 def test_refuses(key, value):
     with pytest.raises(InputError, match=f"{key} = {value}"):
         SamplingConfig(**{key: value})
+
+
+PLAIN, PENALISED = SamplingConfig(), SamplingConfig(repetition_penalty=3.0)
+DRAWN, FILTERED = SamplingConfig(temperature=0.7), SamplingConfig(temperature=1.3, top_k=5, min_p=0.1)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(
+    "rows", [(PLAIN, PLAIN), (PLAIN, PENALISED), (PLAIN, DRAWN), (DRAWN, FILTERED), (FILTERED, PENALISED)]
+)
+def test_choose_gives_each_row_its_own_sample(rows, masks):
+    """With other rows' numbers beside it, and with a mask over the second row, or words of bits that allow all."""
+    rng = np.random.default_rng(0)
+    logits_BV = jnp.asarray(rng.standard_normal((2, 40)), jnp.float32) * 2
+    seen_BV = jnp.asarray(rng.random((2, 40)) < 0.5)
+    key_B = jax.vmap(jax.random.key)(jnp.arange(2))
+    values = jax.tree.map(lambda *own: jnp.stack(own)[:, None], *(row.values for row in rows))
+    allowed_BW = np.full((2, 2), EVERY_TOKEN)
+    if masks:
+        allowed_BW[1] = 1 << 7, 1 << 3  # tokens 7 and 35
+    found_B = jax.jit(choose)(logits_BV, key_B, seen_BV, values, allowed_BW)
+    masked_BV = logits_BV.at[1].set(jnp.where(jnp.isin(jnp.arange(40), jnp.array([7, 35])), logits_BV[1], -jnp.inf))
+    for row, own in enumerate(rows):
+        one = slice(row, row + 1)
+        logits = (masked_BV if masks else logits_BV)[one]
+        assert found_B[row] == sample(logits, key_B[one], seen_BV[one], own.form, own.values)[0]
+    if not masks:
+        np.testing.assert_array_equal(jax.jit(choose)(logits_BV, key_B, seen_BV, values), found_B)

@@ -43,12 +43,13 @@ def test_matrices_are_short_and_what_decides_is_not(execution, fast):
     assert layer["params"]["attention_norm"]["scale"].dtype == jnp.float32
 
 
-def test_each_expert_is_an_array_of_its_own():
+def test_each_expert_is_an_array_of_its_own(fast):
     config = tiny.config("mixtral")
     params = tiny.params(config)
     experts = prepare(params, config, Execution()).layers[1]["prepared"]["moe"]["experts"]
     assert len(experts) == 4
-    np.testing.assert_array_equal(experts[2].down, params["layers"]["moe"]["down"][1, 2])
+    found = experts[2].down if fast else experts[2].down.values.T
+    np.testing.assert_array_equal(found, params["layers"]["moe"]["down"][1, 2])
 
 
 def test_a_matrix_in_bfloat16_stays_so_where_it_is_as_exact_and_faster(fast):
@@ -58,6 +59,12 @@ def test_a_matrix_in_bfloat16_stays_so_where_it_is_as_exact_and_faster(fast):
     prepared = prepare(short, config, Execution())
     query = prepared.layers[0]["params" if fast else "prepared"]["attention"]["query"]
     assert jax.tree.leaves(query)[0].dtype == (jnp.float32 if fast else jnp.bfloat16)
-    assert prepared.unembedding_DV is None  # the embedding is in float32, for what one row is added to
-    last = prepare(short, config, Execution(weight_dtype="bfloat16")).unembedding_DV
-    assert last is None if fast else last.values.dtype == jnp.bfloat16
+    assert prepared.embedding_VD.dtype == jnp.float32  # for what one row of it is added to
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tied_embedding_lies_by_output_as_it_is(dtype, fast):
+    config = tiny.config("mistral", tie_embeddings=True)
+    prepared = prepare(tiny.params(config), config, Execution(weight_dtype=dtype))
+    assert prepared.embedding_VD.dtype == dtype
+    assert prepared.unembedding_DV is None if fast else prepared.unembedding_DV.values is prepared.embedding_VD

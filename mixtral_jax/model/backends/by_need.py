@@ -7,6 +7,7 @@ where rows cost as well. Nothing here is differentiated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -19,7 +20,7 @@ from mixtral_jax.model.dispatch import combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 
 _FEW = 32
-_SMALLEST_BLOCK, _LARGEST_BLOCK, _STEP = 32, 512, 8
+_SMALLEST_BLOCK, _LARGEST_BLOCK, _STEP = 32, 512, 16
 
 
 def by_need(
@@ -68,8 +69,9 @@ def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...]) -> int | None:
         return None
     if choices <= most * len(experts):
         return block
-    # A half more than is balanced, so that few experts need a second block: of small ones the matrix is what costs.
-    return min(choices, _LARGEST_BLOCK, -(-3 * choices // (2 * len(experts) * _STEP)) * _STEP)
+    # Of choices at random, two standard deviations more than is balanced, so that few experts need a second block.
+    balanced = choices / len(experts)
+    return min(choices, _LARGEST_BLOCK, math.ceil((balanced + 2 * math.sqrt(balanced)) / _STEP) * _STEP)
 
 
 def one_row(
