@@ -20,6 +20,7 @@ from torch.nn import functional
 from benchmarks import huggingface
 from benchmarks.timing import Row, interleave, rates
 from mixtral_jax.config import Dispatch, Execution, ModelConfig, model_config
+from mixtral_jax.inference.compiling import program
 from mixtral_jax.inference.weights import prepare
 from mixtral_jax.model.backends.chunked import Keys, self_attention
 from mixtral_jax.model.moe import MoE
@@ -121,7 +122,10 @@ def served_experts_calls(config: ModelConfig, params: Any, x_XBTD: np.ndarray) -
         def serve(variables: Any, x_BTD: jax.Array) -> jax.Array:
             return moe.apply(variables, x_BTD, jnp.ones(x_BTD.shape[:2], bool))[0]
 
-        compiled = jax.jit(lambda variables, x_XBTD: jax.lax.map(partial(serve, variables), x_XBTD))
+        @program()
+        def compiled(variables: Any, x_XBTD: jax.Array) -> jax.Array:
+            return jax.lax.map(partial(serve, variables), x_XBTD)
+
         arrays = variables, jnp.asarray(x_XBTD)
         return lambda: jax.block_until_ready(compiled(*arrays))
 

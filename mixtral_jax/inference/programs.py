@@ -64,6 +64,7 @@ def begin(
     length_P: jax.Array,
     settings: Settings,
     index_P: jax.Array,
+    seen_PV: jax.Array,
     history_PN: jax.Array,
 ) -> Slots:
     """Has rows decode, whose caches hold all of a prompt but its last token.
@@ -74,6 +75,7 @@ def begin(
       length_P: int32, the tokens before it; with none, what the row held is forgotten.
       settings: the texts', each [P, ...].
       index_P: uint32, which of the texts of its key it is.
+      seen_PV: bool, the prompt's tokens.
       history_PN: int32, the prompt, -1 after its end.
     """
 
@@ -90,10 +92,7 @@ def begin(
         )
         for cache in slots.caches
     )
-    vocabulary = slots.seen_BV.shape[1]
     key_P2 = jax.random.key_data(keys(settings.key, index_P))
-    said_PN = jnp.where(history_PN < 0, vocabulary, history_PN)
-    seen_PV = jnp.zeros((row_P.shape[0], vocabulary), bool)
     return pinned(
         Slots(
             caches=caches,
@@ -101,7 +100,7 @@ def begin(
             token_B=put(slots.token_B, token_P),
             count_B=put(slots.count_B, 0),
             active_B=put(slots.active_B, True),
-            seen_BV=put(slots.seen_BV, seen_PV.at[jnp.arange(row_P.shape[0])[:, None], said_PN].set(True, mode="drop")),
+            seen_BV=put(slots.seen_BV, seen_PV),
             history_BN=put(slots.history_BN, history_PN),
         )
     )

@@ -25,6 +25,7 @@ from mixtral_jax.sharding.mesh import current_mesh
 MOST_STEPS = 8
 """Steps of a decode call."""
 _BEGUN_AT_ONCE = 8
+"""Texts that one call begins; a call costs the host more than what it sends."""
 _SMALLEST_CHUNK = 16
 
 
@@ -121,8 +122,10 @@ class Runner:
             padded = [*begun, *[begun[-1]] * (count - len(begun))]
             row_P = np.full((count,), self._config.slots, np.int32)
             row_P[: len(rows)] = rows
+            seen_PV = np.zeros((count, self.vocab_size), bool)
             history_PN = np.full((count, self.max_length), -1, np.int32)
             for place, request in enumerate(begun):
+                seen_PV[place, list(request.prompt)] = True
                 history_PN[place, : len(request.prompt)] = request.prompt
             self._slots = programs.begin(
                 self._slots,
@@ -131,6 +134,7 @@ class Runner:
                 np.array([len(request.prompt) - 1 for request in padded], np.int32),
                 jax.tree.map(lambda *own: np.stack(own), *map(requests.settings, padded)),
                 np.array([request.index for request in padded], np.uint32),
+                seen_PV,
                 history_PN,
             )
 

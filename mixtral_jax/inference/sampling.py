@@ -116,7 +116,8 @@ def choose(
 ) -> jax.Array:
     """The next token of each row by its own numbers, int32 [B]; what `sample` gives for each by itself.
 
-    What no row asks for is not computed.
+    Where all rows ask for the likeliest token and no more, nothing else is computed; where none is drawn, or no drawn
+    one filtered, not what that takes.
 
     Args:
       logits_BV: float32.

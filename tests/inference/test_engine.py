@@ -179,6 +179,21 @@ def test_any_shapes_give_the_texts_of_generate(family, changes):
         REFERENCE.check(family, case, ids)
 
 
+def test_many_texts_begin_in_one_step():
+    """More than one call begins."""
+    engine = _engine("mixtral", slots=12, prefill_chunk=256, prefix_blocks=0)
+    cases = [Case(length, seed, NEW, seed > 1) for length in (1, 2, 5, 9) for seed in (0, 1, 2)]
+    tickets = [engine.submit(case.request) for case in cases]
+    first = engine.step()
+    assert {update.ticket for update in first if update.tokens} == set(tickets)
+    found = {update.ticket: [token.id for token in update.tokens] for update in first}
+    while engine.busy:
+        for update in engine.step():
+            found[update.ticket] += [token.id for token in update.tokens]
+    for case, ticket in zip(cases, tickets, strict=True):
+        REFERENCE.check("mixtral", case, found[ticket])
+
+
 def test_a_beginning_that_was_met_before_is_not_taken_in_again():
     engine = _engine("mistral")
     request = Request(prompt=_prompt(43, 91), max_new_tokens=NEW)

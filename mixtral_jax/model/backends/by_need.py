@@ -57,9 +57,9 @@ def by_need(
 def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...]) -> int | None:
     """Rows that an expert takes at a time on a CPU, of so many choices in all; None where it does as elsewhere.
 
-    By measurement, see docs/performance.md. XLA:CPU reads a float32 matrix for one row three times as fast as for
-    several, and `few_rows` is at its best with four, for float32 only where there are no more. Of other kinds nothing
-    of the sort is known.
+    By measurement, see docs/performance.md. `few_rows` is at its best with four, for float32 only where there are no
+    more. A float32 matrix that lies as it is XLA:CPU reads for one row three times as fast as for several. Of other
+    kinds nothing of the sort is known.
     """
     if isinstance(experts[0].gate, ByOutput):
         block, most = 4, (4 if experts[0].gate.values.dtype == jnp.float32 else 16)

@@ -75,12 +75,12 @@ def by_output(weight: Any, inputs: int) -> ByOutput:
     return ByOutput(lying, inputs, None if scale is None else scale.reshape(values.shape[inputs:]))
 
 
-def are_few(rows: int, w_NK: jax.Array) -> bool:
+def are_few(rows: int, matrix: ByOutput) -> bool:
     """Whether `product` is the fastest for so many."""
-    if w_NK.dtype != jnp.float32:
+    if matrix.values.dtype != jnp.float32:
         return rows <= 2 * _SIDE_BY_SIDE
     # To write the product's transpose costs as much as is won where the matrix has few inputs.
-    return rows <= min(_MOST_FROM_THE_RIGHT, w_NK.shape[-1] // 8)
+    return rows <= min(_MOST_FROM_THE_RIGHT, math.prod(matrix.shape[: matrix.inputs]) // 8)
 
 
 def product(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:

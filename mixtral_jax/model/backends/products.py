@@ -93,10 +93,11 @@ def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Q
 def _product_by_output(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: ByOutput) -> jax.Array:
     """The float32 product with a matrix that lies as `w_dims`, and may be held in fewer bits than x is."""
     inputs, outputs = w_dims[-w.inputs :], w_dims[: -w.inputs]
-    rows, size = math.prod(x.shape[: -w.inputs]), math.prod(x.shape[-w.inputs :])
-    w_NK = w.values.reshape(-1, size)
-    if x_dims.endswith(inputs) and y_dims == x_dims[: -w.inputs] + outputs and few_rows.are_few(rows, w_NK):
-        y_MN = few_rows.product(x.reshape(rows, size), w_NK)
+    is_plain = x_dims.endswith(inputs) and y_dims == x_dims[: -w.inputs] + outputs
+    rows = math.prod(x.shape[: -w.inputs])
+    if is_plain and w.values.dtype.itemsize <= x.dtype.itemsize and few_rows.are_few(rows, w):
+        size = math.prod(x.shape[-w.inputs :])
+        y_MN = few_rows.product(x.reshape(rows, size), w.values.reshape(-1, size))
         y = y_MN.reshape(*x.shape[: -w.inputs], *w.shape[w.inputs :])
     else:
         y = _contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype))

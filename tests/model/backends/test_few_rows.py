@@ -55,12 +55,13 @@ def test_whole_numbers_have_a_scale_for_each_output(spec, x_shape, w_shape, inpu
     np.testing.assert_allclose(found, np.einsum(spec, np.asarray(x, np.float64), weights), atol=2e-5)
 
 
+@pytest.mark.parametrize("held", ["bfloat16", "float32"])
 @pytest.mark.parametrize("rows", [1, 8, 9])
-def test_operands_are_rounded_as_everywhere(rows):
+def test_operands_are_rounded_as_everywhere(rows, held):
     """In bfloat16, a product is that of a matrix that lies as it is, but for the order of its sums."""
     x, w = _operands((rows, 1, 64), (64, 32), "float32")
     expected = einsum("BTD,DF->BTF", x, w, dtype="bfloat16")
-    found = einsum("BTD,DF->BTF", x, by_output(w.astype("bfloat16"), 1), dtype="bfloat16")
+    found = einsum("BTD,DF->BTF", x, by_output(w.astype(held), 1), dtype="bfloat16")
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
