@@ -73,15 +73,9 @@ def plan(
         return _finish(job, machine, _wants_compile(compile_, machine), tokens, toml, json_)
     if topology is None:
         raise InputError("--topology", None, f"is needed, {machines.EXAMPLES}")
-    if dropless and capacity_factor is not None:
-        raise InputError("--dropless", True, "has no --capacity-factor")
-    for flag, value in (("--quantize", quantize), ("--cache-dtype", cache_dtype)):
-        if value is not None and not serve:
-            raise InputError(flag, value, "is for --serve; training has float32 weights and no cache")
+    _check(capacity_factor, dropless, attention_chunk, serve, {"--quantize": quantize, "--cache-dtype": cache_dtype})
     machine = machines.topology(topology)
     wanted = _wanted(model, machine, mesh, batch_per_chip, sequence, remat, window, serve)
-    if attention_chunk is not None and attention_chunk < 1:
-        raise InputError("--attention-chunk", attention_chunk, "a number of queries above zero")
     wanted = replace(wanted, dispatch=_dispatch(capacity_factor, dropless), attention_chunk=attention_chunk)
     wanted = replace(wanted, quantize=quantize, cache_dtype=cache_dtype)
     ranked = [] if machine.chip is None or not (search or _is_open(wanted)) else _search(wanted, machine)
@@ -92,6 +86,23 @@ def plan(
     if not (search and json_):
         _finish(job, machine, _wants_compile(compile_, machine), tokens, toml, json_)
     return None
+
+
+def _check(
+    capacity_factor: float | None,
+    dropless: bool,
+    attention_chunk: int | None,
+    serve: bool,
+    of_serving: dict[str, str | None],
+) -> None:
+    """Raises InputError for flags that don't go together, and for a chunk that is none."""
+    if dropless and capacity_factor is not None:
+        raise InputError("--dropless", True, "has no --capacity-factor")
+    if attention_chunk is not None and attention_chunk < 1:
+        raise InputError("--attention-chunk", attention_chunk, "a number of queries above zero")
+    for flag, value in of_serving.items():
+        if value is not None and not serve:
+            raise InputError(flag, value, "is for --serve; training has float32 weights and no cache")
 
 
 def _prepare(topology: str | None) -> None:

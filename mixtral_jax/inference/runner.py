@@ -16,7 +16,7 @@ from mixtral_jax.inference import programs, requests
 from mixtral_jax.inference.prefixes import empty_pool, restore, save
 from mixtral_jax.inference.proposals import Draft, Lookup, NoProposals, Proposer
 from mixtral_jax.inference.requests import EngineConfig, Request
-from mixtral_jax.inference.sampling import EVERY_TOKEN
+from mixtral_jax.inference.sampling import EVERY_TOKEN, WORD
 from mixtral_jax.inference.slots import Chosen, Model, Slots, empty_settings, pinned
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.cache import empty_cache, num_slots
@@ -62,7 +62,7 @@ class Runner:
         self._proposer = _proposer(config)
         self.max_length = min(config.length(each.config) for each in loaded)
         self.vocab_size = model.config.vocab_size
-        self.everything_BW = np.full((config.slots, -(-self.vocab_size // 32)), EVERY_TOKEN)
+        self.everything_BW = np.full((config.slots, -(-self.vocab_size // WORD)), EVERY_TOKEN)
         with self.on_mesh():
             self._slots = self._empty_slots()
             self._pool = empty_pool(self._slots.caches, config.prefix_blocks, config.prefill_chunk)

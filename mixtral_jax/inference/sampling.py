@@ -14,9 +14,10 @@ import numpy as np
 from mixtral_jax.errors import InputError
 
 _OUT = -jnp.inf
-_WORD = 32
+WORD = 32
+"""Tokens that a word of bits speaks of."""
 EVERY_TOKEN = np.uint32(0xFFFFFFFF)
-"""A word of bits in which every token is allowed."""
+"""A word in which all of them are allowed."""
 _BLOCK = 32
 """Logits that are compared together on a CPU."""
 
@@ -156,7 +157,7 @@ def choose(
 
 def masked(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
     """Logits with -inf for the tokens whose bit is not set."""
-    bit_W = jnp.arange(_WORD, dtype=jnp.uint32)
+    bit_W = jnp.arange(WORD, dtype=jnp.uint32)
     allowed_BV = (allowed_BW[..., None] >> bit_W[None, None]) & 1
     allowed_BV = allowed_BV.reshape(allowed_BW.shape[0], -1)[:, : logits_BV.shape[1]]
     return jnp.where(allowed_BV == 1, logits_BV, _OUT)
