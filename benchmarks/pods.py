@@ -1,7 +1,7 @@
 """Plans for pods: the shipped ones found anew, and all of them compiled.
 
 python -m benchmarks.pods write            configs/pods/ and the table of docs/pods.md, by search
-python -m benchmarks.pods nightly FOLDER   compiles the shipped plans for TPUs that FOLDER has no result of yet
+python -m benchmarks.pods nightly FOLDER   compiles the shipped plans that FOLDER has no result of yet
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax
 
 from mixtral_jax.config import model_config
 from mixtral_jax.planning.compile import compile_job
+from mixtral_jax.planning.compilers import has_compiler
 from mixtral_jax.planning.job import EXECUTION
 from mixtral_jax.planning.pods import PURPOSES, Pod, pods
 from mixtral_jax.planning.report import GIB, fit
@@ -36,7 +37,7 @@ def nightly(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for pod in pods():
         file = folder / f"{pod.name.removeprefix('pods/').replace('/', '.')}.json"
-        if pod.machine.is_tpu and pod.entry.mesh is not None and not file.exists():
+        if has_compiler(pod.machine) and pod.entry.mesh is not None and not file.exists():
             print(f"compiling {pod.name}", flush=True)
             file.write_text(json.dumps(_compile(pod), indent=1) + "\n")
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]

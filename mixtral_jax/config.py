@@ -135,9 +135,9 @@ class Execution:
     """Matrices that inference holds; None: the dtype of products."""
     cache_dtype: CacheDtype | None = None
     """Keys and values that decoding keeps; None: the dtype of products. `int8` has a scale for each token and head."""
-    attention: Literal["xla", "splash"] = "xla"
-    """What computes the attention of a sequence to itself. `splash`: on TPU, and where it takes the shapes, a kernel
-    that keeps scores on the chip."""
+    attention: Literal["kernel", "xla"] = "kernel"
+    """What computes the attention of a sequence to itself. `kernel`: on TPU, and where it takes the shapes, a kernel
+    that keeps scores on the chip; elsewhere, and by `xla` everywhere, XLA a chunk of queries at a time."""
     attention_chunk: int = 128
     """Queries that XLA's attention takes at a time."""
     remat: Literal["none", "products", "full"] = "none"

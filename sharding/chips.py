@@ -118,13 +118,21 @@ def has_tpu() -> bool:
     return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
-def quiet_compiler() -> None:
-    """Keeps libtpu, where it is installed for its compiler, from complaining that the host has no TPU.
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU is attached to this host, by its device files."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
-    It asks the network and the environment which one there is; any answer will do.
+
+def quiet_compiler() -> None:
+    """Keeps libtpu and jax's plug-in for CUDA, where they are installed for their compilers, from complaining that the
+    host has no such device.
+
+    libtpu asks the network and the environment which TPU there is; any answer will do.
     """
     if not has_tpu():
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    if not has_gpu():
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

@@ -50,7 +50,8 @@ def plan(
     cache_dtype: platform.CacheDtype = None,
     search: Annotated[bool, typer.Option("--search", help="Rank meshes, batches, remat and dispatch.")] = False,
     compile_: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile it. Default: for a TPU, without --search.")
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile it. Default: for a TPU or GPU, without --search."),
     ] = None,
     tokens: Annotated[float | None, typer.Option(help="A budget to price in chip-hours, such as 1e12.")] = None,
     toml: Annotated[bool, typer.Option("--toml", help="Print what a run's config takes from the plan.")] = False,
@@ -181,14 +182,14 @@ def _asked(wanted: Wanted, machine: Topology) -> Job:
 
 
 def _wants_compile(asked: bool | None, machine: Topology) -> bool:
-    from mixtral_jax.planning.topology import has_compiler, require_compiler
+    from mixtral_jax.planning.compilers import advice, has_compiler, require_compiler
 
-    if asked and machine.is_tpu:
-        require_compiler()
-    if asked is None and machine.is_tpu and not has_compiler():
-        print("note: without libtpu nothing is compiled; pip install 'mixtral-jax[plan]' for that", file=sys.stderr)
+    if asked and machine.chip is not None:
+        require_compiler(machine)
+    if asked is None and not has_compiler(machine):
+        print(f"note: nothing is compiled; {advice(machine)}", file=sys.stderr)
         return False
-    return machine.is_tpu if asked is None else asked
+    return machine.chip is not None if asked is None else asked
 
 
 def _finish(job: Job, machine: Topology, compiles: bool, tokens: float | None, toml: bool, json_: bool) -> None:

@@ -12,6 +12,7 @@ Without a window each shard gets all keys and values: with grouped queries they 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import Execution
-from mixtral_jax.model.backends import chunked, splash
+from mixtral_jax.model.backends import chunked, flash, splash
 from mixtral_jax.model.backends.chunked import Keys
 from mixtral_jax.sharding.mesh import current_mesh
 from mixtral_jax.sharding.partition import token_axes
@@ -36,10 +37,12 @@ def attention(
     rules: Rules,
 ) -> jax.Array:
     """What `chunked.self_attention` gives, float32 [B, T, K, G, H], of arrays that the current mesh may split."""
-    on_device = partial(_on_device, window=window, execution=execution)
-    mesh, axes, by_kernel = current_mesh(), rules.mesh_axes("length"), execution.attention == "splash"
-    split = mesh is not None and any(mesh.shape[axis] > 1 for axis in axes)
-    if mesh is None or not (split or by_kernel):
+    mesh, axes, length = current_mesh(), rules.mesh_axes("length"), q_BTKGH.shape[1]
+    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+    split = shards > 1
+    kernels = _kernels(execution, length // shards, q_BTKGH.shape[-1], not split or window is not None)
+    on_device = partial(_on_device, window=window, execution=execution, kernels=kernels)
+    if mesh is None or not (split or kernels):
         return on_device(q_BTKGH, Keys(k_BTKH, v_BTKH, segment_BT), segment_BT)
     gather = _all if window is None else partial(_neighbours, halo=window - 1)
 
@@ -50,24 +53,37 @@ def attention(
     # Over the batch's axes too: the compiler would gather whole batches around a collective that it did not place. A
     # kernel it can't divide at all.
     tokens = rules.use(("batch", "length"))
-    layout = rules.use(("batch", "length", "kv_heads")) if by_kernel else tokens
-    names = set(mesh.axis_names if by_kernel else token_axes(rules))
+    layout = rules.use(("batch", "length", "kv_heads")) if kernels else tokens
+    names = set(mesh.axis_names if kernels else token_axes(rules))
     specs = (layout, layout, layout, tokens)
     mapped = jax.shard_map(on_shard, in_specs=specs, out_specs=layout, axis_names=names, check_vma=False)
     mixed_BTKGH: jax.Array = mapped(q_BTKGH, k_BTKH, v_BTKH, segment_BT)
     return mixed_BTKGH
 
 
+def _kernels(execution: Execution, length: int, head_dim: int, place_is_known: bool) -> dict[str, Any]:
+    """The kernels that take so many queries of a device, by jax's name of their platform."""
+    if execution.attention == "xla":
+        return {}
+    shape = length, head_dim, execution.product_dtype
+    kernels = {"tpu": splash.self_attention} if place_is_known and splash.suits(*shape) else {}
+    return kernels | ({"cuda": flash.self_attention} if flash.suits(*shape) else {})
+
+
 def _on_device(
-    q_BTKGH: jax.Array, keys: Keys, segment_BT: jax.Array | None, window: int | None, execution: Execution
+    q_BTKGH: jax.Array,
+    keys: Keys,
+    segment_BT: jax.Array | None,
+    window: int | None,
+    execution: Execution,
+    kernels: dict[str, Any],
 ) -> jax.Array:
     given, dtype = (q_BTKGH, keys, segment_BT, window), execution.product_dtype
     by_xla = partial(chunked.self_attention, *given, execution.attention_chunk, dtype)
-    if execution.attention == "xla" or not splash.suits(q_BTKGH, keys, dtype):
+    if not kernels:
         return by_xla()
-    mixed_BTKGH: jax.Array = jax.lax.platform_dependent(
-        tpu=partial(splash.self_attention, *given, dtype), default=by_xla
-    )
+    by_platform = {platform: partial(kernel, *given, dtype) for platform, kernel in kernels.items()}
+    mixed_BTKGH: jax.Array = jax.lax.platform_dependent(**by_platform, default=by_xla)
     return mixed_BTKGH
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mixtral_jax.config import Execution
 from mixtral_jax.model.backends.products import einsum
-from mixtral_jax.model.backends.ragged import grouped_product, grouped_weight_gradient
+from mixtral_jax.model.backends.ragged import grouped_product, grouped_weight_gradient, transposed_product
 from mixtral_jax.model.feed_forward import SwiGLU
 
 
@@ -28,7 +28,7 @@ def pull_one(
     Returns:
       Of the rows in their dtype; of gates and weights float32.
     """
-    return _pull(execution, x_CD, dy_CD, gate_C1, weights, _product, _weight_gradient)
+    return _pull(execution, x_CD, dy_CD, gate_C1, weights, _product, _transposed, _weight_gradient)
 
 
 def pull_grouped(
@@ -39,10 +39,13 @@ def pull_grouped(
     def product(x_RD: jax.Array, w_EDF: jax.Array, dtype: str) -> jax.Array:
         return grouped_product(x_RD, w_EDF, sizes_E, dtype)
 
+    def transposed(x_RF: jax.Array, w_EDF: jax.Array, dtype: str) -> jax.Array:
+        return transposed_product(x_RF, w_EDF, sizes_E, dtype)
+
     def weight_gradient(x_RD: jax.Array, dy_RF: jax.Array, dtype: str) -> jax.Array:
         return grouped_weight_gradient(x_RD.astype(dtype), dy_RF.astype(dtype), sizes_E)
 
-    return _pull(execution, x_RD, dy_RD, gate_R1, weights, product, weight_gradient)
+    return _pull(execution, x_RD, dy_RD, gate_R1, weights, product, transposed, weight_gradient)
 
 
 _Product: TypeAlias = Callable[[jax.Array, jax.Array, str], jax.Array]
@@ -55,24 +58,25 @@ def _pull(
     gate_R1: jax.Array,
     weights: SwiGLU,
     product: _Product,
+    transposed: _Product,
     weight_gradient: _Product,
 ) -> tuple[jax.Array, jax.Array, SwiGLU]:
     """`pull_one`, by products of its own.
 
     Args:
-      product: of rows with their experts' weights, float32.
+      product, transposed: of rows with their experts' weights, as they are and transposed, float32.
       weight_gradient: the sum over an expert's rows of the products of two arrays' rows, float32.
     """
     dtype, activation = execution.product_dtype, execution.activation_dtype
     gate_RF = product(x_RD, weights.gate, dtype).astype(activation)
     up_RF = product(x_RD, weights.up, dtype).astype(activation)
     hidden_RF, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate_RF, up_RF)
-    dhidden_RF = product(dy_RD, jnp.swapaxes(weights.down, -1, -2), dtype)
+    dhidden_RF = transposed(dy_RD, weights.down, dtype)
     # down is linear: the result's product with its cotangent is had without the result.
     dgate_R1 = jnp.sum(hidden_RF.astype(jnp.float32) * dhidden_RF, axis=1, keepdims=True)
     dgate_RF, dup_RF = pull((dhidden_RF * gate_R1).astype(activation))
-    dx_RD = product(dgate_RF, jnp.swapaxes(weights.gate, -1, -2), dtype)
-    dx_RD += product(dup_RF, jnp.swapaxes(weights.up, -1, -2), dtype)
+    dx_RD = transposed(dgate_RF, weights.gate, dtype)
+    dx_RD += transposed(dup_RF, weights.up, dtype)
     dweights = SwiGLU(
         gate=weight_gradient(x_RD, dgate_RF, dtype),
         up=weight_gradient(x_RD, dup_RF, dtype),
@@ -83,6 +87,10 @@ def _pull(
 
 def _product(x_CD: jax.Array, w_DF: jax.Array, dtype: str) -> jax.Array:
     return einsum("CD,DF->CF", x_CD, w_DF, dtype=dtype)
+
+
+def _transposed(x_CF: jax.Array, w_DF: jax.Array, dtype: str) -> jax.Array:
+    return _product(x_CF, jnp.swapaxes(w_DF, 0, 1), dtype)
 
 
 def _weight_gradient(x_CD: jax.Array, dy_CF: jax.Array, dtype: str) -> jax.Array:

@@ -10,6 +10,7 @@ from flax import linen as nn
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.parameters import weight
+from mixtral_jax.model.recompute import recomputed
 from mixtral_jax.sharding.rules import Rules
 
 
@@ -27,8 +28,15 @@ def swiglu(x: jax.Array, weights: SwiGLU, execution: Execution) -> jax.Array:
     x = x.astype(execution.product_dtype)
     gate = einsum(enter, x, weights.gate, dtype=execution.product_dtype, result_dtype=execution.activation_dtype)
     up = einsum(enter, x, weights.up, dtype=execution.product_dtype, result_dtype=execution.activation_dtype)
-    hidden = jax.nn.silu(gate) * up
-    return einsum(leave, hidden, weights.down, dtype=execution.product_dtype, result_dtype=execution.activation_dtype)
+    return einsum(
+        leave, _gated(gate, up), weights.down, dtype=execution.product_dtype, result_dtype=execution.activation_dtype
+    )
+
+
+@recomputed
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Left to autodiff, six arrays of this width would be kept for the backward pass, where three are."""
+    return jax.nn.silu(gate) * up
 
 
 class FeedForward(nn.Module):

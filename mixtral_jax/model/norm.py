@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mixtral_jax.model.recompute import recomputed
+
 
 def rms_normalize(x: jax.Array, epsilon: float) -> jax.Array:
     """x over the root of its mean square along the last axis, in x's dtype."""
@@ -23,4 +25,9 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         initializer = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
         scale = self.param("scale", initializer, (x.shape[-1],), jnp.float32)
-        return rms_normalize(x, self.epsilon) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+        @recomputed
+        def normalize(x: jax.Array, scale: jax.Array) -> jax.Array:
+            return rms_normalize(x, self.epsilon) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+        return normalize(x, scale)  # x in float32, twice, would be kept for the backward pass

@@ -21,10 +21,11 @@ from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.cache import Cache, empty_cache, num_slots
 from mixtral_jax.model.tensors import Tensor
 from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.planning.compilers import compile_ahead, devices
 from mixtral_jax.planning.hlo import Collective, collectives
 from mixtral_jax.planning.job import Job
 from mixtral_jax.planning.memory import PREFILL_CHUNK
-from mixtral_jax.planning.topology import Topology, compile_ahead, devices
+from mixtral_jax.planning.topology import Topology
 from mixtral_jax.quantization import DTYPES, is_quantized, scale_shape
 from mixtral_jax.sharding.mesh import make_mesh
 from mixtral_jax.sharding.rules import DECODING, TRAINING

@@ -6,10 +6,11 @@ and keys that a mask hides. Utilisation is of the model's own operations (`model
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from mixtral_jax.model.backends import splash
+from mixtral_jax.model.backends import flash, splash
 from mixtral_jax.model.backends.chunked import MOST_UNROLLED, SPANS
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.planning.job import DTYPE_BYTES, Job
@@ -23,8 +24,8 @@ OPTIMIZER_PASSES = 7
 """Arrays as large as the weights that an update moves: weights and two moments read and written, gradients read."""
 
 
-AttentionKernel: TypeAlias = Literal["xla", "splash", "ideal"]
-"""`splash` keeps scores on the chip, and computes blocks of them that some query sees; `ideal` only those seen."""
+AttentionKernel: TypeAlias = Literal["xla", "splash", "flash", "ideal"]
+"""`splash` and `flash` keep scores on the chip, and compute blocks that some query sees; `ideal` only what is seen."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,14 @@ def _projections(job: Job) -> Work:
 def _attention(job: Job, kernel: AttentionKernel) -> Work:
     model, remat = job.model, job.execution.remat != "none"
     # A pass is two products as large as the scores. Forward is one, and again where a layer is repeated. Backward, XLA
-    # does four products and those of the chunk again; splash seven, in two kernels that both compute the scores anew.
-    passes = {"xla": 4.0, "splash": 4.5, "ideal": 3.0}[kernel] + remat
+    # does four products and those of the chunk again; kernels do seven, in two that both compute the scores anew.
+    passes = {"xla": 4.0, "splash": 4.5, "flash": 4.5, "ideal": 3.0}[kernel] + remat
     heads = job.local_rows * model.num_heads // job.mesh.tensor
     scores, moved = local_scores(job) * heads, 0.0
     if kernel == "xla":
         moved = scores * ((2 + remat) * SCORE_BYTES_FORWARD + SCORE_BYTES_BACKWARD)
-    elif kernel == "splash":
-        scores = block_scores(job) * heads
+    elif kernel != "ideal":
+        scores = block_scores(job, splash.BLOCKS if kernel == "splash" else (flash.LANES,)) * heads
     else:
         span = job.length if model.sliding_window is None else min(model.sliding_window, job.length)
         visible = span * (span + 1) / 2 + (job.length - span) * span
@@ -129,10 +130,10 @@ def _attention(job: Job, kernel: AttentionKernel) -> Work:
     return Work("attention", 4 * model.head_dim * scores * passes * times, moved * times)
 
 
-def block_scores(job: Job) -> int:
-    """Scores of a row and a head in the blocks that splash computes, which some query of theirs sees."""
+def block_scores(job: Job, blocks: Sequence[int]) -> int:
+    """Scores of a row and a head in blocks that some query of theirs sees; of the first size that divides."""
     window, own = job.model.sliding_window, job.local_length
-    block = next(size for size in splash.BLOCKS if own % size == 0)
+    block = next(size for size in blocks if own % size == 0)
     before = 0 if job.mesh.context == 1 else -(-halo_tokens(job) // block) * block
     scores = 0
     for start in range(before, before + own, block):

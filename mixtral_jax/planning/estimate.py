@@ -78,7 +78,7 @@ def estimate(job: Job, machine: Topology, kernel: AttentionKernel | None = None)
     """
     peak = _chip(machine).bf16_flops * job.num_chips
     if kernel is None:
-        kernel = "splash" if machine.is_tpu and job.by_splash else "xla"
+        kernel = ("splash" if machine.is_tpu else "flash") if job.by_kernel else "xla"
     found = _timed(job, machine, training_work(job, kernel), training_transfers(job), job.tokens)
     model = training_flops(job.model, job.length)
     rate = found.tokens_per_second

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig
 from mixtral_jax.errors import InputError
-from mixtral_jax.model.backends.splash import LANES
+from mixtral_jax.model.backends.splash import suits
 from mixtral_jax.model.dispatch import capacity, group
 from mixtral_jax.quantization import Bits, groups
 from mixtral_jax.sharding.axes import MESH_AXES
@@ -87,12 +87,11 @@ class Job:
         return moe.num_experts * places * (self.local_tokens // size)
 
     @property
-    def by_splash(self) -> bool:
-        """Whether on TPU the kernel that is asked for takes its sequences; see `backends.splash.suits`."""
+    def by_kernel(self) -> bool:
+        """Whether the kernels of TPUs and GPUs take its sequences; see `context_parallel`."""
         known = self.mesh.context == 1 or self.model.sliding_window is not None
-        whole = self.local_length % LANES == 0 and self.model.head_dim % LANES == 0
-        asked = self.execution.attention == "splash" and not self.serve
-        return asked and known and whole and self.execution.product_dtype == "bfloat16"
+        asked = self.execution.attention == "kernel" and not self.serve
+        return asked and known and suits(self.local_length, self.model.head_dim, self.execution.product_dtype)
 
     @property
     def repeats_no_experts(self) -> bool:

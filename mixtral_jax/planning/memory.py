@@ -195,7 +195,7 @@ def _layer(job: Job) -> float:
 
 
 def _attention(job: Job) -> float:
-    """Queries, keys, values, their cotangents, and a chunk's scores."""
+    """Queries, keys, values, their cotangents, and, by XLA, a chunk's scores."""
     model, chunk = job.model, min(job.execution.attention_chunk, job.local_length)
     stream = DTYPE_BYTES[job.execution.activation_dtype]
     heads = model.num_heads // job.mesh.tensor
@@ -203,7 +203,8 @@ def _attention(job: Job) -> float:
     of_keys = model.num_kv_heads // job.mesh.tensor * model.head_dim * job.local_rows * 4 * stream
     shared_keys = of_keys * (job.length if model.sliding_window is None else job.local_length)
     of_tokens = job.local_tokens * heads * model.head_dim * (4 * stream + _FLOAT)
-    return of_tokens + shared_keys + 3 * _FLOAT * job.local_rows * heads * chunk * keys
+    scores = 0 if job.by_kernel else job.local_rows * heads * chunk * keys
+    return of_tokens + shared_keys + 3 * _FLOAT * scores
 
 
 def _dense(job: Job) -> float:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mixtral_jax.errors import InputError, nearest
 from mixtral_jax.sharding import chips
-from mixtral_jax.sharding.chips import Chip, Switched, Torus, quiet_compiler
+from mixtral_jax.sharding.chips import Chip, Switched, Torus
 
 EXAMPLES = "such as v5p:4x4x4, v6e:8x8, 2xv5e:16x16, h100:64 or cpu:8"
 
@@ -100,75 +97,3 @@ def _check_slice(name: str, chip: Chip, torus: Torus, written: str, shape: tuple
     hint = f"did you mean {chip.name}:{same[0]}? " if same else nearest(written, _shapes(chip))
     more = ", or sizes that 4 divides" if torus.dimensions == 3 else ""
     raise InputError("--topology", name, f"{hint}{chip.name} comes as {', '.join(_shapes(chip))}{more}")
-
-
-def devices(machine: Topology) -> Sequence[Any]:
-    """Devices to compile for: of a TPU described by its compiler, of a CPU this host's.
-
-    Raises:
-      InputError: there is no compiler for it here.
-    """
-    import jax
-
-    if machine.chip is None:
-        if len(jax.devices("cpu")) < machine.num_chips:
-            flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={machine.num_chips}"
-            raise InputError("--topology", machine.name, f"jax shows {len(jax.devices('cpu'))} here; set {flag}")
-        return jax.devices("cpu")[: machine.num_chips]
-    if not machine.is_tpu:
-        raise InputError("--topology", machine.name, "GPUs are planned from counts alone; use --no-compile")
-    require_compiler()
-    from jax.experimental import topologies
-
-    quiet_compiler()
-    options: dict[str, Any] = {}
-    if machine.slices > 1:
-        options["num_slices"] = machine.slices
-    if machine.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # else it describes each chip as two devices
-    if machine.num_chips // machine.slices == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    name = f"{machine.chip.name}:{'x'.join(str(size) for size in machine.shape)}"
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    except Exception as error:  # of many types: the plug-in's
-        raise InputError("--topology", machine.name, f"the TPU compiler refuses it: {error}") from None
-
-
-def compile_ahead(lowered: Any) -> Any:
-    """A lowered program, compiled for devices that are not here.
-
-    jax would write it to the persistent cache of programs, and fail to read it from there the next time.
-    """
-    import jax
-
-    option = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, option)
-    jax.config.update(option, math.inf)
-    try:
-        return lowered.compile()
-    finally:
-        jax.config.update(option, before)
-
-
-def has_compiler() -> bool:
-    """Whether a compiler for TPUs is installed."""
-    return importlib.util.find_spec("libtpu") is not None
-
-
-def require_compiler() -> None:
-    """Raises InputError unless a compiler for TPUs is installed, of the version that this jax wants."""
-    advice = "the compiler for TPUs is needed: pip install 'mixtral-jax[plan]', or --no-compile for the counts alone"
-    if not has_compiler():
-        raise InputError("libtpu", None, f"is not installed; {advice}")
-    from importlib import metadata
-
-    here, wanted = metadata.version("libtpu"), _wanted_version(metadata.requires("jax") or [])
-    if wanted is not None and not f"{here}.".startswith(f"{wanted}."):
-        raise InputError("libtpu", here, f"this jax {metadata.version('jax')} wants {wanted}; {advice}")
-
-
-def _wanted_version(requirements: Sequence[str]) -> str | None:
-    """The version of libtpu that jax pins, without its last part: 0.0.42 of `libtpu==0.0.42.*`."""
-    pins = [re.match(r"libtpu\s*\(?==\s*([\d.]+?)(?:\.\*)?\)?\s*(?:;|$)", each) for each in requirements]
-    return next((pin[1] for pin in pins if pin), None)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mixtral_jax.planning import topology as machines
+from mixtral_jax.planning import compilers
 
 NATURAL = ("--topology", "v5p:4x4x4", "--mesh", "expert=8,fsdp=8", "--batch-per-chip", "1", "--no-compile")
 
@@ -72,7 +72,7 @@ def test_search(run):
     ranked = json.loads(out)
     assert status == 0
     assert len(ranked) == 10
-    assert ranked[0]["flags"] == "--mesh fsdp=8 --batch-per-chip 1 --remat none"
+    assert ranked[0]["flags"] == "--mesh fsdp=8 --batch-per-chip 2 --remat products"
     status, out, _ = run(*arguments)
     assert status == 0
     assert "by counts and the estimate" in out
@@ -133,7 +133,7 @@ def test_a_shipped_plan(run):
         (("--topology", "h100:8", "--sequence", "65536"), "no mesh of these chips"),
         (("--topology", "h100:8", "--window", "0"), "--window = '0': a number of keys above zero, or none"),
         (("--topology", "h100:8", "--dropless", "--capacity-factor", "1"), "has no --capacity-factor"),
-        (("--topology", "h100:8", "--compile"), "GPUs are planned from counts alone"),
+        (("--topology", "h100:8", "--compile"), "jax_cuda12_plugin: is not installed"),
         (("--model", "mixtral-8x8b", "--topology", "h100:8"), "no such file"),
         (("pods/v5p-4x4x4", "--serve"), "leave those flags out"),
         ((*NATURAL, "--quantize", "int8"), "--quantize = 'int8': is for --serve"),
@@ -147,10 +147,10 @@ def test_refused(run, arguments, message):
 
 
 def test_without_a_compiler(run, monkeypatch):
-    monkeypatch.setattr(machines, "has_compiler", lambda: False)
+    monkeypatch.setattr(compilers, "has_compiler", lambda machine: False)
     arguments = ("plan", "--topology", "v5p:4x4x4", "--mesh", "expert=8,fsdp=8", "--batch-per-chip", "1")
     status, _, err = run(*arguments)
-    assert (status, "without libtpu nothing is compiled" in err) == (0, True)
+    assert (status, "nothing is compiled; the compiler for TPUs is needed" in err) == (0, True)
     status, _, err = run(*arguments, "--compile")
     assert status == 2
     assert "libtpu: is not installed" in err

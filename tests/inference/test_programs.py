@@ -12,9 +12,10 @@ from mixtral_jax.inference import programs
 from mixtral_jax.inference.proposals import Lookup, NoProposals
 from mixtral_jax.inference.slots import Model, Slots, empty_settings
 from mixtral_jax.planning.compile import abstract_cache, abstract_weights, local_bytes
+from mixtral_jax.planning.compilers import compile_ahead, devices
 from mixtral_jax.planning.hlo import collectives
 from mixtral_jax.planning.job import Job, check
-from mixtral_jax.planning.topology import compile_ahead, devices, topology
+from mixtral_jax.planning.topology import topology
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
 MODEL = ModelConfig(

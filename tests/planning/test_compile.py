@@ -19,9 +19,10 @@ from mixtral_jax.planning.compile import (
     serving_programs,
     too_large_by,
 )
+from mixtral_jax.planning.compilers import compile_ahead, devices
 from mixtral_jax.planning.job import Job, check
 from mixtral_jax.planning.memory import memory
-from mixtral_jax.planning.topology import compile_ahead, devices, topology
+from mixtral_jax.planning.topology import topology
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
 MODEL = ModelConfig(

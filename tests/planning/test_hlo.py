@@ -8,9 +8,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from oracles.compiler import needs_compiler
 
+from mixtral_jax.planning.compilers import devices
 from mixtral_jax.planning.hlo import bytes_by_axes, collectives, sent_fraction
 from mixtral_jax.planning.hlo_text import array_bytes
-from mixtral_jax.planning.topology import devices, topology
+from mixtral_jax.planning.topology import topology
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
 MESH = SimpleNamespace(shape={"data": 1, "fsdp": 2, "expert": 4})

@@ -1,17 +1,9 @@
-"""Machines by name, and the compiler's devices for them."""
-
-import os
-import subprocess
-import sys
-from importlib import metadata
+"""Machines by name."""
 
 import pytest
-from oracles.compiler import needs_compiler
 
 from mixtral_jax.errors import InputError
-from mixtral_jax.planning import topology as machines
-from mixtral_jax.planning.topology import devices, topology
-from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
+from mixtral_jax.planning.topology import topology
 
 
 @pytest.mark.parametrize(
@@ -61,54 +53,3 @@ def test_the_next_larger():
     ]
     assert topology("v5e:16x16").larger() is None
     assert topology("cpu:8").larger() is None
-
-
-def test_devices_of_this_host():
-    assert len(devices(topology("cpu:8"))) == 8
-    with pytest.raises(InputError, match="jax shows 8 here; set XLA_FLAGS=--xla_force_host_platform_device_count=16"):
-        devices(topology("cpu:16"))
-    with pytest.raises(InputError, match="GPUs are planned from counts alone"):
-        devices(topology("h100:8"))
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("v4:4x4x4", "TPU v4"), ("v5e:1x1", "TPU v5 lite"), ("v5p:4x8x8", "TPU v5"), ("v6e:16x16", "TPU v6 lite")],
-)
-def test_devices_that_are_not_here(name, kind):
-    found = devices(topology(name))
-    assert (len(found), found[0].device_kind) == (topology(name).num_chips, kind)
-
-
-@needs_compiler
-def test_eight_by_eight_lies_on_the_torus():
-    mesh = make_mesh(MeshConfig(data=1, fsdp=8, expert=8), devices(topology("v5p:4x4x4")))
-    assert mesh.shape["expert"] == mesh.shape["fsdp"] == 8
-    slices = make_mesh(MeshConfig(data=2, fsdp=64), devices(topology("2xv5p:4x4x4")))
-    assert [{each.slice_index for each in part.flat} for part in slices.devices] == [{0}, {1}]
-
-
-@needs_compiler
-def test_the_compiler_says_nothing():
-    """In a process of its own: what it prints, it prints once."""
-    program = "import jax; jax.config.update('jax_platforms', 'cpu')\nfrom mixtral_jax.planning.topology import *\n"
-    program += "print(len(devices(topology('v5p:4x4x4'))))"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("TPU_")}
-    run = [sys.executable, "-c", program]
-    ended = subprocess.run(run, capture_output=True, text=True, timeout=120, env=environment, check=True)
-    assert (ended.stdout, ended.stderr) == ("64\n", "")
-
-
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(machines, "has_compiler", lambda: False)
-    with pytest.raises(InputError, match=r"libtpu: is not installed; .*pip install 'mixtral-jax\[plan\]'"):
-        devices(topology("v5p:4x4x4"))
-
-
-def test_with_a_compiler_that_is_not_matched(monkeypatch):
-    monkeypatch.setattr(machines, "has_compiler", lambda: True)
-    monkeypatch.setattr(metadata, "version", lambda name: {"libtpu": "0.0.50.1"}.get(name, "0.10.2"))
-    monkeypatch.setattr(metadata, "requires", lambda name: ['libtpu==0.0.42.*; extra == "tpu"'])
-    with pytest.raises(InputError, match=r"libtpu = '0.0.50.1': this jax 0.10.2 wants 0.0.42; .*mixtral-jax\[plan\]"):
-        machines.require_compiler()

@@ -17,9 +17,12 @@ import jax.numpy as jnp
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.masks import visible
+from mixtral_jax.model.recompute import recomputed
 
 MOST_UNROLLED = 16
 """Chunks of a sequence; where there are more, they are scanned."""
+MOST_SCORES = 1 << 28
+"""Of a chunk of queries over a cache, 1 GiB of them in float32; where there would be more, chunks are smaller."""
 SPANS = 4
 """Scans of a sequence without a window."""
 _MASKED = -1e30  # finite: a row that sees nothing yields the mean of the values, not NaN
@@ -133,7 +136,6 @@ def _span(start: int, stop: int, keys: Keys, window: int | None) -> tuple[int, i
     return start, first_key, (stop - start, keys.first_query + stop - first_key)
 
 
-@partial(jax.checkpoint, static_argnums=(3, 4, 7, 8))
 def _chunk(
     q_BTKGH: jax.Array,
     keys: Keys,
@@ -145,7 +147,22 @@ def _chunk(
     num_queries: int,
     num_keys: int,
 ) -> jax.Array:
-    # Its scores are computed again in the backward pass: kept, they would add up to T x T.
+    # Kept for the backward pass, its scores would add up to T x T.
+    attend_to = recomputed(partial(_attend_chunk, window, product_dtype, num_queries, num_keys))
+    return attend_to(q_BTKGH, keys, segment_BT, query_start, key_start)
+
+
+def _attend_chunk(
+    window: int | None,
+    product_dtype: str,
+    num_queries: int,
+    num_keys: int,
+    q_BTKGH: jax.Array,
+    keys: Keys,
+    segment_BT: jax.Array | None,
+    query_start: jax.Array | int,
+    key_start: jax.Array | int,
+) -> jax.Array:
     slice_queries = partial(jax.lax.dynamic_slice_in_dim, start_index=query_start, slice_size=num_queries, axis=1)
     slice_keys = partial(jax.lax.dynamic_slice_in_dim, start_index=key_start, slice_size=num_keys, axis=1)
     query_position_T = keys.first_query + query_start + jnp.arange(num_queries)
@@ -172,8 +189,19 @@ def cached_attention(
     Returns:
       float32 [B, T, K, G, H].
     """
-    outputs = [
-        attend(q_BTKGH[:, start : start + chunk], k_BSKH, v_BSKH, visible_BTS[:, start : start + chunk], product_dtype)
-        for start in range(0, q_BTKGH.shape[1], chunk)
-    ]
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+    batch, length, num_kv_heads, num_groups, _ = q_BTKGH.shape
+    scores = batch * num_kv_heads * num_groups * visible_BTS.shape[2]  # of a query
+    chunk = min(chunk, max(1, MOST_SCORES // scores))
+
+    def take(start: jax.Array, size: int) -> jax.Array:
+        chunk_of = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
+        return attend(chunk_of(q_BTKGH), k_BSKH, v_BSKH, chunk_of(visible_BTS), product_dtype)
+
+    if length <= chunk:
+        return attend(q_BTKGH, k_BSKH, v_BSKH, visible_BTS, product_dtype)
+    # A loop: left free, a compiler holds the scores of several chunks at once.
+    whole = length // chunk * chunk
+    outputs_XBTKGH = jax.lax.map(partial(take, size=chunk), jnp.arange(0, whole, chunk))
+    outputs = [jnp.moveaxis(outputs_XBTKGH, 0, 1).reshape(batch, whole, *q_BTKGH.shape[2:])]
+    outputs += [take(jnp.asarray(whole), length - whole)] if whole < length else []
+    return jnp.concatenate(outputs, axis=1)

@@ -1,18 +1,20 @@
 """The grouped product: rows sorted by expert, each multiplied with its own expert's weight.
 
-XLA has it as `ragged_dot`, which on CPU multiplies every row with every expert's weight. There each expert's rows are
-taken a block at a time instead, in a loop that is as long as the expert has rows.
+XLA has it as `ragged_dot`, which on CPU and GPU multiplies every row with every expert's weight. On CPU each expert's
+rows are taken a block at a time instead, in a loop that is as long as the expert has rows; on GPU kernels do it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import Execution
+from mixtral_jax.model.backends import grouped_gpu
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.feed_forward import SwiGLU
 
@@ -34,8 +36,12 @@ def grouped_product(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype
     Returns:
       float32 [M, F].
     """
-    in_blocks, ragged_dot = partial(_product_in_blocks, dtype=dtype), partial(_ragged_dot, dtype=dtype)
-    return jax.lax.platform_dependent(x_MD, w_EDF, sizes_E, cpu=in_blocks, default=ragged_dot)
+    return _product(x_MD, w_EDF, sizes_E, dtype, transposed=False)
+
+
+def transposed_product(x_MF: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype: str) -> jax.Array:
+    """`grouped_product` with each weight transposed, float32 [M, D]; not for autodiff."""
+    return _product(x_MF, w_EDF, sizes_E, dtype, transposed=True)
 
 
 def _forward(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype: str) -> tuple[jax.Array, tuple]:
@@ -47,7 +53,7 @@ def _forward(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype: str) 
 def _backward(dtype: str, saved: tuple, gradient_MF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x_MD, w_EDF, sizes_E, like_x = saved
     gradient_MF = gradient_MF.astype(dtype)
-    gradient_MD = grouped_product(gradient_MF, jnp.swapaxes(w_EDF, 1, 2), sizes_E, dtype)
+    gradient_MD = transposed_product(gradient_MF, w_EDF, sizes_E, dtype)
     gradient_EDF = grouped_weight_gradient(x_MD, gradient_MF, sizes_E)
     return gradient_MD.astype(like_x.dtype), gradient_EDF.astype(w_EDF.dtype), None
 
@@ -62,14 +68,29 @@ def grouped_weight_gradient(x_MD: jax.Array, gradient_MF: jax.Array, sizes_E: ja
       x_MD, gradient_MF: rows in expert order, in the dtype of the product.
       sizes_E: int32, rows of each expert.
     """
-    gradient_EDF: jax.Array = jax.lax.platform_dependent(
-        x_MD, gradient_MF, sizes_E, cpu=_weight_gradient_in_blocks, default=_ragged_weight_gradient
-    )
+    forms: dict[str, Any] = {"cpu": _weight_gradient_in_blocks, "default": _ragged_weight_gradient}
+    if grouped_gpu.suits(x_MD.dtype, x_MD.shape[1], gradient_MF.shape[1]):
+        forms["cuda"] = grouped_gpu.weight_gradient
+    gradient_EDF: jax.Array = jax.lax.platform_dependent(x_MD, gradient_MF, sizes_E, **forms)
     return gradient_EDF
 
 
+def _product(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype: str, transposed: bool) -> jax.Array:
+    def on_gpu(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        return grouped_gpu.product(x_MD.astype(dtype), w_EDF.astype(dtype), sizes_E, transposed)
+
+    def by(form: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda x, w, sizes: form(x, jnp.swapaxes(w, 1, 2) if transposed else w, sizes, dtype)
+
+    forms = {"cpu": by(_product_in_blocks), "default": by(_ragged_dot)}
+    if grouped_gpu.suits(dtype, *w_EDF.shape[1:]):
+        forms["cuda"] = on_gpu
+    y_MF: jax.Array = jax.lax.platform_dependent(x_MD, w_EDF, sizes_E, **forms)
+    return y_MF
+
+
 def _precision(dtype: str | jnp.dtype) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def _ragged_dot(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype: str) -> jax.Array:

@@ -21,11 +21,9 @@ BLOCKS = (512, 256, 128)
 _NOTHING = -1  # a segment of no token
 
 
-def suits(q_BTKGH: jax.Array, keys: Keys, product_dtype: str) -> bool:
-    """Whether the kernel can take these: it rounds to bfloat16, and must know where the queries lie among the keys."""
-    length, head_dim = q_BTKGH.shape[1], q_BTKGH.shape[-1]
-    whole = length % LANES == 0 and head_dim % LANES == 0
-    return whole and isinstance(keys.first_query, int) and product_dtype == "bfloat16"
+def suits(length: int, head_dim: int, product_dtype: str) -> bool:
+    """Whether the kernel takes so many queries; it rounds to bfloat16, and must know their place among the keys."""
+    return length % LANES == 0 and head_dim % LANES == 0 and product_dtype == "bfloat16"
 
 
 def self_attention(

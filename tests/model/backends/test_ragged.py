@@ -13,7 +13,8 @@ from mixtral_jax.config import Execution
 from mixtral_jax.model.backends import ragged
 from mixtral_jax.model.backends.ragged import grouped_product, grouped_swiglu, grouped_weight_gradient
 from mixtral_jax.model.feed_forward import SwiGLU
-from mixtral_jax.planning.topology import compile_ahead, devices, topology
+from mixtral_jax.planning.compilers import compile_ahead, devices
+from mixtral_jax.planning.topology import topology
 
 ROWS, DIM, HIDDEN, EXPERTS = 12, 5, 7, 4
 SIZES = ([3, 3, 3, 3], [0, 5, 0, 7], [12, 0, 0, 0], [2, 0, 4, 1], [0, 0, 0, 0])
@@ -91,6 +92,23 @@ def test_swiglu(sizes):
         expected[rows] = mixture.feed_forward(np.float64(x[rows]), *(np.float64(each[expert]) for each in weights))
     y_MD = grouped_swiglu(x, weights, jnp.array(sizes), Execution())
     np.testing.assert_allclose(y_MD[: sum(sizes)], expected[: sum(sizes)], atol=2e-5)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_float32_is_float32_where_units_would_round_it(platform):
+    x, w, dy = _normal(ROWS, DIM), _normal(EXPERTS, DIM, HIDDEN, seed=1), _normal(ROWS, HIDDEN, seed=2)
+
+    def step(x, w):
+        y, vjp = jax.vjp(lambda x, w: grouped_product(x, w, jnp.array(SIZES[0]), "float32"), x, w)
+        return y, vjp(dy)
+
+    products = [
+        line
+        for line in jax.jit(step).trace(x, w).lower(lowering_platforms=(platform,)).as_text().splitlines()
+        if "ragged_dot" in line or "dot_general" in line
+    ]
+    assert len(products) >= 3
+    assert all("HIGHEST" in line for line in products)
 
 
 @needs_compiler
