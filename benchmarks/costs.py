@@ -3,7 +3,7 @@
 Tokens a second against what should not matter to them, each measured beside its first point in turns:
 
 - the length of a text, with a window of 1024: flat from there on
-- the number of experts, of which a token uses two: flat
+- the number of experts, of which a token uses two: flat where prompts are taken in; in training AdamW goes over all
 - the number of devices of one CPU that share the same batch: flat, since they share its cores too
 - and against the number of texts that are decoded at a time, where more should give more
 """
@@ -48,6 +48,7 @@ TEXTS = (1, 2, 4, 8, 16, 32, 64)
 EXPERTS = (2, 4, 8, 16, 32, 64)
 DEVICES = (1, 2, 4, 8)
 TRAINED = 8, 256  # rows and tokens a row
+SERVED = 8, 1024
 DECODED = 32  # tokens a text
 
 
@@ -80,12 +81,14 @@ def costs(repeats: int) -> list[Row]:
     lengths = {length: _prefill(WINDOWED, 1, length) for length in LENGTHS}
     texts = {batch: _decode(mixture(8), batch) for batch in TEXTS}
     experts = {count: _train(mixture(count)) for count in EXPERTS}
+    served = {count: _prefill(mixture(count), *SERVED) for count in EXPERTS}
     devices = {count: _train(mixture(8), count) for count in DEVICES}
     trained = TRAINED[0] * TRAINED[1]
     return [
         *_points("prefill, tokens of a text", lengths, lambda length: length, repeats),
         *_points("decode, texts at a time", texts, lambda batch: batch * DECODED, repeats),
         *_points("train, experts", experts, lambda _: trained, repeats),
+        *_points("prefill, experts", served, lambda _: SERVED[0] * SERVED[1], repeats),
         *_points("train, devices of one CPU", devices, lambda _: trained, repeats),
     ]
 

@@ -175,8 +175,9 @@ def kept_activations(job: Job) -> float:
         if model.moe is None:
             kept += stream * 2 * hidden
     if remat == "none":
-        # Normalised inputs, rotated queries and keys, the float32 result of attention, and hidden activations.
-        kept += stream * (2 * model.dim + 2 * heads) + _FLOAT * model.num_heads * model.head_dim // job.mesh.tensor
+        # Normalised inputs, rotated queries and keys, what attention gives, in float32 by XLA, and hidden activations.
+        mixed = model.num_heads * model.head_dim // job.mesh.tensor
+        kept += stream * (2 * model.dim + 2 * heads) + (stream if job.by_kernel else _FLOAT) * mixed
         kept += stream * (hidden if model.moe is None else rows * (2 * model.dim + 3 * hidden))
     return model.num_layers * job.local_tokens * kept
 

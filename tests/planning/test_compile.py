@@ -66,6 +66,25 @@ def test_what_a_step_for_tpu_moves(axes, factor):
 
 
 @needs_compiler
+@pytest.mark.parametrize("kernel", ["kernel", "xla"])
+def test_without_remat_a_layer_keeps_what_is_counted(kernel):
+    """No scores, and nothing that is cheap to make again; see `model.recompute`."""
+    model = ModelConfig(
+        dim=256, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=128, hidden_dim=1024, vocab_size=256
+    )
+
+    def of_depth(layers):
+        execution = replace(SHORT, remat="none", attention=kernel, attention_chunk=128)
+        job = check(Job(replace(model, num_layers=layers), MeshConfig(data=1, fsdp=4), 8, 1024, execution))
+        (compiled,) = compile_job(job, topology("v5p:2x2x1"))
+        return compiled.memory["temporaries"], memory(job)
+
+    (few, counted), (many, counted_many) = of_depth(2), of_depth(6)
+    expected = counted_many.activations - counted.activations + counted_many.gradients - counted.gradients
+    assert many - few == pytest.approx(expected, rel=0.25)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("machine", "axes", "bits", "kept"),
     [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from oracles import attention as oracle
 
+from mixtral_jax.model.backends import chunked
 from mixtral_jax.model.backends.chunked import Keys, attend, cached_attention, self_attention
 from mixtral_jax.model.masks import visible
 
@@ -110,9 +111,10 @@ def test_bfloat16_products_are_close():
     assert 1e-4 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 1e-2
 
 
-@pytest.mark.parametrize("chunk", [3, 100])
-def test_cached_attention_goes_by_its_mask(chunk):
-    """Ten queries over twelve slots in no order."""
+@pytest.mark.parametrize(("chunk", "most_scores"), [(3, 1 << 28), (100, 1 << 28), (100, 4 * 2 * 6 * 12), (100, 1)])
+def test_cached_attention_goes_by_its_mask(monkeypatch, chunk, most_scores):
+    """Ten queries over twelve slots in no order; all at once, or fewer at a time than the last ones are."""
+    monkeypatch.setattr(chunked, "MOST_SCORES", most_scores)
     q, *_ = _inputs(10)
     _, k, v, _ = _inputs(12, seed=1)
     position_S = np.random.default_rng(2).permutation(12)
