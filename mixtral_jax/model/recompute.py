@@ -20,7 +20,7 @@ def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return function(*arguments), arguments
 
     def backward(arguments: tuple[Any, ...], cotangent: jax.Array) -> tuple[Any, ...]:
-        # Not before the cotangent is there; and what is computed again stays apart from what was, else it would be kept.
+        # Not before the cotangent is there; and apart from what was computed before, which would else be kept.
         arguments, cotangent = jax.lax.optimization_barrier((arguments, cotangent))
         return tuple(jax.vjp(function, *arguments)[1](cotangent))
 

@@ -191,17 +191,22 @@ def cached_attention(
     """
     batch, length, num_kv_heads, num_groups, _ = q_BTKGH.shape
     scores = batch * num_kv_heads * num_groups * visible_BTS.shape[2]  # of a query
-    chunk = min(chunk, max(1, MOST_SCORES // scores))
+    # A power of two, so that it divides a chunk of prefill.
+    chunk = min(chunk, 1 << max(1, MOST_SCORES // scores).bit_length() - 1)
 
-    def take(start: jax.Array, size: int) -> jax.Array:
+    def take(start: jax.Array | int, size: int) -> jax.Array:
         chunk_of = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
         return attend(chunk_of(q_BTKGH), k_BSKH, v_BSKH, chunk_of(visible_BTS), product_dtype)
 
-    if length <= chunk:
-        return attend(q_BTKGH, k_BSKH, v_BSKH, visible_BTS, product_dtype)
-    # A loop: left free, a compiler holds the scores of several chunks at once.
-    whole = length // chunk * chunk
-    outputs_XBTKGH = jax.lax.map(partial(take, size=chunk), jnp.arange(0, whole, chunk))
-    outputs = [jnp.moveaxis(outputs_XBTKGH, 0, 1).reshape(batch, whole, *q_BTKGH.shape[2:])]
-    outputs += [take(jnp.asarray(whole), length - whole)] if whole < length else []
-    return jnp.concatenate(outputs, axis=1)
+    outputs: list[jax.Array] = []
+    whole = 0
+    if length > chunk * MOST_UNROLLED:
+        whole = length // chunk * chunk
+        outputs_XBTKGH = jax.lax.map(partial(take, size=chunk), jnp.arange(0, whole, chunk))
+        outputs.append(jnp.moveaxis(outputs_XBTKGH, 0, 1).reshape(batch, whole, *q_BTKGH.shape[2:]))
+    for start in range(whole, length, chunk):
+        if outputs:
+            # Each after the one before: left free, a compiler holds the scores of all at once.
+            q_BTKGH, outputs[-1] = jax.lax.optimization_barrier((q_BTKGH, outputs[-1]))
+        outputs.append(take(start, min(chunk, length - start)))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
