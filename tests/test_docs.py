@@ -65,7 +65,8 @@ def test_flags_are_known():
     commands = "".join(_page_blocks(ROOT / "docs" / "flags.md", "sh")).splitlines()
     presets = [tuple(shlex.split(command)[0].split("=", 1)) for command in commands]
     assert [name for name, _ in presets] == ["XLA_FLAGS", "XLA_FLAGS", "LIBTPU_INIT_ARGS"]
-    code = "import jax; from mixtral_jax.planning import topology as t; jax.devices(); t.devices(t.topology('v6e:2x2'))"
+    code = "import jax; from mixtral_jax.planning.compilers import devices; jax.devices(); "
+    code += "from mixtral_jax.planning.topology import topology; devices(topology('v6e:2x2'))"
     for name, flags in [*presets, ("XLA_FLAGS", "--xla_no_such=1"), ("LIBTPU_INIT_ARGS", "--xla_no_such=1")]:
         environment = {**os.environ, name: flags}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

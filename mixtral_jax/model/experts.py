@@ -161,7 +161,8 @@ class Rows:
         start, size = span
 
         def run(number: jax.Array, carry: Any) -> Any:
-            return step(start + number * self.most_rows, (size - number * self.most_rows)[None], carry)
+            own = jnp.minimum(size - number * self.most_rows, self.most_rows)
+            return step(start + number * self.most_rows, own[None], carry)
 
         return jax.lax.fori_loop(0, -(-size // self.most_rows), run, carry)
 

@@ -40,7 +40,7 @@ def product(
 
     Args:
       x_MD: rows in expert order.
-      sizes_E: int32, rows of each expert.
+      sizes_E: int32, rows of each expert, M together at most.
       transposed: the weights are [E, F, D].
       interpret: run it step by step on any platform, which is slow, for tests.
 
@@ -58,7 +58,7 @@ def product(
         compiler_params=_PARAMS,
         interpret=interpret,
         name="grouped_product",
-    )(*_tiles(sizes_E, tiles), x_MD, w_EDF)
+    )(*_tiles(sizes_E, tiles, num_rows), x_MD, w_EDF)
     return y_MF
 
 
@@ -66,7 +66,7 @@ def weight_gradient(x_MD: jax.Array, gradient_MF: jax.Array, sizes_E: jax.Array,
     """For each expert the sum over its rows of x times the gradient: float32 [E, D, F]."""
     (_, dim), width, experts = x_MD.shape, gradient_MF.shape[1], sizes_E.shape[0]
     down, across = dim // TILE, width // TILE
-    ends_E = jnp.cumsum(sizes_E)
+    ends_E = jnp.minimum(jnp.cumsum(sizes_E), x_MD.shape[0])
     gradient_EDF: jax.Array = pl.pallas_call(
         partial(_gradient_kernel, down=down, across=across),
         grid=(down * across, experts),
@@ -74,11 +74,11 @@ def weight_gradient(x_MD: jax.Array, gradient_MF: jax.Array, sizes_E: jax.Array,
         compiler_params=_PARAMS,
         interpret=interpret,
         name="grouped_weight_gradient",
-    )(ends_E - sizes_E, ends_E, x_MD, gradient_MF)
+    )(jnp.cumsum(sizes_E) - sizes_E, ends_E, x_MD, gradient_MF)
     return gradient_EDF
 
 
-def _tiles(sizes_E: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _tiles(sizes_E: jax.Array, count: int, num_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """int32, of each tile of rows its expert, its first row, and where its expert's rows end; tiles that are not
     needed begin at the end."""
     ends_E = jnp.cumsum(sizes_E)
@@ -86,7 +86,7 @@ def _tiles(sizes_E: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Ar
     last_E = jnp.cumsum(tiles_E)
     number = jnp.arange(count)
     expert = jnp.minimum(jnp.searchsorted(last_E, number, side="right"), sizes_E.shape[0] - 1).astype(jnp.int32)
-    end = ends_E[expert]
+    end = jnp.minimum(ends_E[expert], num_rows)  # beyond it nothing is read or written, whatever the sizes
     row = (ends_E - sizes_E)[expert] + (number - (last_E - tiles_E)[expert]) * TILE
     return expert, jnp.minimum(row, end).astype(jnp.int32), end.astype(jnp.int32)
 

@@ -30,7 +30,7 @@ def grouped_product(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype
 
     Args:
       x_MD: rows in expert order.
-      sizes_E: int32, rows of each expert. What stands in rows beyond their sum means nothing.
+      sizes_E: int32, rows of each expert, M together at most. What stands in rows beyond their sum means nothing.
       dtype: of the operands, and of the cotangent in the backward pass.
 
     Returns:

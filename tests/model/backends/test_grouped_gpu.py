@@ -45,6 +45,18 @@ def test_weight_gradients(sizes):
         np.testing.assert_allclose(gradient[expert], np.float64(x[rows]).T @ np.float64(dy[rows]), atol=1e-3)
 
 
+def test_sizes_beyond_the_rows_reach_no_further():
+    x, dy, w = _normal(ROWS, DIM), _normal(ROWS, HIDDEN, seed=2), _normal(1, DIM, HIDDEN, seed=1)
+    sizes = jnp.asarray([ROWS + 300])
+    _, row, end = grouped_gpu._tiles(sizes, 16, ROWS)
+    assert (row <= ROWS).all()
+    assert (end <= ROWS).all()
+    y = grouped_gpu.product(x, w, sizes, interpret=True)
+    np.testing.assert_allclose(y, np.float64(x) @ np.float64(w[0]), atol=1e-3)
+    gradient = grouped_gpu.weight_gradient(x, dy, sizes, interpret=True)
+    np.testing.assert_allclose(gradient[0], np.float64(x).T @ np.float64(dy), atol=1e-3)
+
+
 def test_each_tile_of_a_result_is_computed_once():
     for down, across in ((8, 3), (16, 2)):
         places = [grouped_gpu._place(program, 8, across) for program in range(down * across)]
