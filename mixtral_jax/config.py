@@ -137,8 +137,8 @@ class Execution:
     """Keys and values that decoding keeps; None: the dtype of products. `int8` has a scale for each token and head."""
     attention: Literal["kernel", "xla"] = "kernel"
     """What computes the attention of a sequence to itself. `kernel`: on TPU and on NVIDIA GPUs (A100 and newer),
-    where it takes the shapes, one that keeps scores on the chip; elsewhere, and by `xla` everywhere, XLA, a chunk of queries
-    at a time."""
+    where it takes the shapes, one that keeps scores on the chip; elsewhere, and by `xla` everywhere, XLA, a chunk of
+    queries at a time."""
     attention_chunk: int = 128
     """Queries that XLA's attention takes at a time."""
     remat: Literal["none", "products", "full"] = "none"
