@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig
 from mixtral_jax.model.attention import Attention, Context
-from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.backends.products import PRODUCT, einsum
 from mixtral_jax.model.balance import RouterTraining
 from mixtral_jax.model.cache import LayerCache
 from mixtral_jax.model.feed_forward import FeedForward
@@ -38,7 +38,7 @@ UNEMBEDDING_AXES: Names = ("embed", "vocab")
 _REMAT_POLICIES = {
     # Kept, the gathered weights of all layers would be the whole model on each device.
     "none": keep_all_but_gathered,
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -156,6 +156,17 @@ def test_remat_saves_memory():
     assert full < products < none
 
 
+@pytest.mark.parametrize(("remat", "kept"), [("products", 7), ("full", 1)])
+def test_what_remat_keeps(remat, kept):
+    """Of each layer its input and, of its seven products, the six whose result is used again; in the stream's dtype."""
+    config = tiny.config("mistral")
+    model = Transformer(config, Execution(activation_dtype="bfloat16", product_dtype="bfloat16", remat=remat))
+    params, tokens = tiny.params(config), tiny.tokens(config, BATCH, LENGTH)
+    saved = jax.vjp(lambda p: model.apply({"params": p}, tokens, method="hidden")[0], params)[1]
+    of_layers = [leaf for leaf in jax.tree.leaves(saved) if leaf.shape[:3] == (config.num_layers, BATCH, LENGTH)]
+    assert [leaf.dtype for leaf in of_layers] == [jnp.bfloat16] * kept
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "bfloat16")])
 def test_bfloat16_is_close(family, dtypes):

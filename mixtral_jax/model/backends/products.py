@@ -14,11 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from mixtral_jax.model.backends import few_rows
 from mixtral_jax.model.backends.few_rows import ByOutput
 from mixtral_jax.model.backends.quantized import Quantized
+
+PRODUCT = "product"
+"""The name of what a product with a weight gives, for policies of what a backward pass keeps. By its kind alone it would
+be kept before it is rounded to `result_dtype`, in float32."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ def _product(plan: _Plan, x: jax.Array, w: jax.Array) -> jax.Array:
 def _product_fwd(plan: _Plan, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x = x.astype(plan.dtype)
     y = _contract_forward(plan.x, plan.w, plan.y, x, w.astype(plan.dtype)).astype(plan.result_dtype)
+    if not set(plan.x) & set(plan.w) & set(plan.y):
+        y = checkpoint_name(y, PRODUCT)
     # x is saved cast, at half the bytes of float32. w is saved as it came: the master weights are alive anyway, so a
     # bfloat16 copy would add to them (all layers' copies under scan), and casting again in the backward pass is cheap.
     return y, (x, w)
