@@ -177,6 +177,12 @@ def split_axes(name: LogicalAxis, rules: Rules) -> tuple[str, ...]:
     return () if mesh is None else tuple(axis for axis in rules.mesh_axes(name) if mesh.shape[axis] > 1)
 
 
+def num_parts(name: LogicalAxis, rules: Rules) -> int:
+    """How many parts the current mesh splits a logical axis into."""
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in rules.mesh_axes(name))
+
+
 def _is_split(axes: tuple[str, ...]) -> bool:
     mesh = current_mesh()
     return mesh is not None and any(mesh.shape[axis] > 1 for axis in axes)

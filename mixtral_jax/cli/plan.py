@@ -175,7 +175,7 @@ def _asked(wanted: Wanted, machine: Topology) -> Job:
     execution = replace(EXECUTION, cache_dtype=wanted.cache_dtype) if wanted.serve else chosen
     dispatch = wanted.dispatch or Dispatch()
     job = Job(wanted.model, wanted.mesh, 1, wanted.length, execution, dispatch, serve=wanted.serve)
-    job = replace(job, quantize=wanted.quantize)
+    job = replace(job, quantize=wanted.quantize, platform=machine.platform)
     if wanted.batch_per_chip is None:
         return check(replace(job, rows=1 if wanted.serve else job.copies))
     return check(replace(job, rows=rows_of(job, wanted.batch_per_chip)))

@@ -22,7 +22,7 @@ from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.partition import constrain
 from mixtral_jax.sharding.rules import DECODING
 
-CACHE_AXES: Names = (None, None, "kv_heads", "head_dim")
+CACHE_AXES: Names = (None, "kv_heads", None, "head_dim")
 """Of a layer's keys and values."""
 
 

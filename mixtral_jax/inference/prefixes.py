@@ -23,7 +23,7 @@ from mixtral_jax.sharding.partition import constrain
 from mixtral_jax.sharding.rules import DECODING
 
 Pool = tuple[tuple[LayerCache, ...], ...]
-"""Of each model and layer, arrays [P, C, ...]: P blocks."""
+"""Of each model and layer, arrays [P, K, C, ...]: P blocks."""
 
 
 class Prefixes:
@@ -73,7 +73,8 @@ def empty_pool(caches: tuple[Cache, ...], num_blocks: int, block: int) -> Pool:
     """Blocks for what these caches hold."""
 
     def blocks(ring: jax.Array) -> jax.Array:
-        return jnp.zeros((num_blocks, block, *ring.shape[2:]), ring.dtype)
+        _, heads, _, head_dim = ring.shape
+        return jnp.zeros((num_blocks, heads, block, head_dim), ring.dtype)
 
     return tuple(jax.tree.map(blocks, cache.layers) for cache in caches)
 
@@ -86,8 +87,8 @@ def save(pool: Pool, slots: Slots, row: jax.Array, start: jax.Array, block: jax.
     """
 
     def copy(kept: jax.Array, ring: jax.Array) -> jax.Array:
-        slot_C = (start + jnp.arange(kept.shape[1])) % ring.shape[1]
-        return constrain(kept.at[block].set(ring[row, slot_C]), CACHE_AXES[: kept.ndim], DECODING)
+        slot_C = (start + jnp.arange(kept.shape[2])) % ring.shape[2]
+        return constrain(kept.at[block].set(ring[row][:, slot_C]), CACHE_AXES, DECODING)
 
     return tuple(jax.tree.map(copy, own, cache.layers) for own, cache in zip(pool, slots.caches, strict=True))
 
@@ -102,13 +103,14 @@ def restore(pool: Pool, slots: Slots, row: jax.Array, block_X: jax.Array, length
     """
     caches = []
     for own, cache in zip(pool, slots.caches, strict=True):
-        size, block = cache.num_slots, jax.tree.leaves(own)[0].shape[1]
+        size, block = cache.num_slots, jax.tree.leaves(own)[0].shape[2]
         # Slot s holds the last position p < length with p mod R = s: for R = 4 and length 6, 4 5 2 3.
         position_R = length - 1 - (length - 1 - jnp.arange(size)) % size
         index_R = jnp.maximum(position_R, 0)
 
         def copy(ring: jax.Array, kept: jax.Array, index_R: jax.Array = index_R, block: int = block) -> jax.Array:
-            return ring.at[row].set(kept[block_X[index_R // block], index_R % block])
+            held_RKH = kept[block_X[index_R // block], :, index_R % block]
+            return ring.at[row].set(jnp.swapaxes(held_RKH, 0, 1))
 
         layers = jax.tree.map(copy, cache.layers, own)
         position_R = jnp.where(position_R >= 0, position_R, EMPTY)

@@ -102,7 +102,7 @@ def pinned(slots: Slots) -> Slots:
     """The slots laid out as programs take them: on a mesh, an output laid out otherwise would be another program's."""
     caches = tuple(
         Cache(
-            jax.tree.map(lambda x: constrain(x, CACHE_AXES[: x.ndim], DECODING), cache.layers),
+            jax.tree.map(lambda x: constrain(x, CACHE_AXES, DECODING), cache.layers),
             *replicated((cache.position_BR, cache.length_B)),
         )
         for cache in slots.caches

@@ -15,7 +15,7 @@ from mixtral_jax.model.context_parallel import attention
 from mixtral_jax.model.parameters import weight
 from mixtral_jax.model.rope import Rotation, rotate
 from mixtral_jax.sharding.axes import LogicalAxis
-from mixtral_jax.sharding.partition import constrain
+from mixtral_jax.sharding.partition import constrain, num_parts
 from mixtral_jax.sharding.rules import Rules
 
 
@@ -49,16 +49,17 @@ class Attention(nn.Module):
         grouped = (config.num_kv_heads, config.queries_per_kv_head, config.head_dim)
         q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], *grouped)
         chunk, dtype = execution.attention_chunk, execution.product_dtype
-        visible_BTS = None
+        visible_BTS, keys, values = None, k_BTKH, v_BTKH
         if cache is not None:
             assert context.view is not None
-            cache, k_BTKH, v_BTKH = advance(cache, k_BTKH, v_BTKH, context.view)
+            cache, keys, values = advance(cache, k_BTKH, v_BTKH, context.view)
             visible_BTS = context.view.visible_BTS
         if visible_BTS is None:
             window = config.sliding_window
-            mixed = attention(q_BTKGH, k_BTKH, v_BTKH, context.segment_BT, window, execution, self.rules)
+            mixed = attention(q_BTKGH, keys, values, context.segment_BT, window, execution, self.rules)
         else:
-            mixed = cached_attention(q_BTKGH, k_BTKH, v_BTKH, visible_BTS, chunk, dtype)
+            shards = num_parts("kv_heads", self.rules)
+            mixed = cached_attention(q_BTKGH, keys, values, visible_BTS, chunk, dtype, shards)
         mixed_BTNH = mixed.astype(execution.activation_dtype).reshape(q_BTNH.shape)
         shape = (config.num_heads, config.head_dim, config.dim)
         output_NHD = weight(self, "output", shape, ("heads", "head_dim", "embed"), self.rules, dtype)

@@ -7,6 +7,9 @@ Position p lies in slot p mod R. With R = 4, after six tokens:
 
 R = W + D - 1 slots serve D tokens written at once before they attend: the oldest of them sees W - 1 positions back, and
 those are still there. The bytes don't depend on how long the text is.
+
+A head's slots lie together, [B, K, R, H], as attention reads them: laid out by tokens, compilers for GPUs make another
+cache by heads before a loop over tokens, and copy it back after.
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ EMPTY = -1
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, in a float dtype or in int8 with scales [B, R, K, 1]: every leaf is [B, R, ...]."""
+    """One layer's keys and values, in a float dtype or in int8 with scales: every leaf is [B, K, R, H or 1]."""
 
-    k_BRKH: jax.Array | Quantized
-    v_BRKH: jax.Array | Quantized
+    k_BKRH: jax.Array | Quantized
+    v_BKRH: jax.Array | Quantized
 
 
 class Cache(NamedTuple):
@@ -74,7 +77,7 @@ def num_slots(config: ModelConfig, max_length: int, written_at_once: int = 1) ->
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: str) -> Cache:
     """A cache that holds nothing; in int8 with a scale for each token and head."""
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
 
     def empty() -> jax.Array | Quantized:
         whole = jnp.zeros(shape, dtype)
@@ -143,58 +146,68 @@ def store(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slot_BT: jax.
     return _write(layer, _in_form(layer, k_BTKH, v_BTKH), View(slot_BT, None, False))
 
 
-def _in_form(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array) -> LayerCache:
-    """A chunk's keys and values as the cache holds them."""
-    if isinstance(layer.k_BRKH, Quantized):
-        return LayerCache(in_int8(k_BTKH), in_int8(v_BTKH))
-    return LayerCache(k_BTKH.astype(layer.k_BRKH.dtype), v_BTKH.astype(layer.k_BRKH.dtype))
+class _Chunk(NamedTuple):
+    """A chunk's keys and values in the cache's form, as they come: every leaf is [B, T, K, H or 1]."""
+
+    k_BTKH: jax.Array | Quantized
+    v_BTKH: jax.Array | Quantized
 
 
-def _write(layer: LayerCache, chunk: LayerCache, view: View) -> LayerCache:
+def _in_form(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array) -> _Chunk:
+    if isinstance(layer.k_BKRH, Quantized):
+        return _Chunk(in_int8(k_BTKH), in_int8(v_BTKH))
+    return _Chunk(k_BTKH.astype(layer.k_BKRH.dtype), v_BTKH.astype(layer.k_BKRH.dtype))
+
+
+def _write(layer: LayerCache, chunk: _Chunk, view: View) -> LayerCache:
     row_B = jnp.arange(view.slot_BT.shape[0]) if view.row_B is None else view.row_B
 
     def write(ring: jax.Array, new: jax.Array) -> jax.Array:
         if ring.shape[-1] == 1 and view.row_B is None:
             return _select(ring, new, view.slot_BT)
-        if ring.dtype == jnp.int8:
-            # Told of whole tokens, TPUs lay the ring out by them, and pad a few heads in a second one.
-            head_K = jnp.arange(ring.shape[2])
-            return ring.at[row_B[:, None, None], view.slot_BT[..., None], head_K].set(new, mode="drop")
-        return ring.at[row_B[:, None], view.slot_BT].set(new, mode="drop")
+        # Told of whole tokens, compilers for TPUs lay the ring out by them, in a second one.
+        head_K = jnp.arange(ring.shape[1])
+        return ring.at[row_B[:, None, None], head_K, view.slot_BT[..., None]].set(new, mode="drop")
 
-    return jax.tree.map(write, layer, chunk)
+    return LayerCache(*(jax.tree.map(write, ring, new) for ring, new in zip(layer, chunk, strict=True)))
 
 
-def _select(ring_BRK1: jax.Array, new_BTK1: jax.Array, slot_BT: jax.Array) -> jax.Array:
+def _select(ring_BKR1: jax.Array, new_BTK1: jax.Array, slot_BT: jax.Array) -> jax.Array:
     """Writes scales without a scatter, for which TPUs lay them out by heads, and pad a few heads to 128."""
-    batch, slots = ring_BRK1.shape[:2]
+    batch, _, slots, _ = ring_BKR1.shape
     chunk = slot_BT.shape[1]
+    new_BKT1 = jnp.swapaxes(new_BTK1, 1, 2)
     if chunk == 1:
-        hit_BR, picked = slot_BT == jnp.arange(slots)[None], new_BTK1
+        hit_BR, picked = slot_BT == jnp.arange(slots)[None], new_BKT1
     else:
         empty_BR = jnp.full((batch, slots), -1)
         at_BR = empty_BR.at[jnp.arange(batch)[:, None], slot_BT].set(jnp.arange(chunk)[None], mode="drop")
-        hit_BR, picked = at_BR >= 0, jnp.take_along_axis(new_BTK1, jnp.maximum(at_BR, 0)[..., None, None], axis=1)
+        hit_BR = at_BR >= 0
+        picked = jnp.take_along_axis(new_BKT1, jnp.maximum(at_BR, 0)[:, None, :, None], axis=2)
     # Fused into the product that reads them, they have made the compiler run out of its scratch memory.
-    return jax.lax.optimization_barrier(jnp.where(hit_BR[..., None, None], picked, ring_BRK1))
+    return jax.lax.optimization_barrier(jnp.where(hit_BR[:, None, :, None], picked, ring_BKR1))
 
 
 def advance(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, view: View) -> tuple[LayerCache, Any, Any]:
-    """Stores a chunk, and gives the keys and values [B, S, K, H] that `view.visible_BTS` speaks of.
+    """Stores a chunk, and gives the keys and values that `view.visible_BTS` speaks of.
 
-    Where the ring was empty, these are arrays; else they have the cache's form. Either way a token sees keys and values
-    as they are kept, its own too, so that it makes no difference how a text was divided into chunks.
+    Where the ring was empty, these are the chunk's own, arrays [B, T, K, H]; else they have the cache's form, and are
+    [B, K, S, H]. Either way a token sees keys and values as they are kept, its own too, so that it makes no difference
+    how a text was divided into chunks.
     """
     chunk = _in_form(layer, k_BTKH, v_BTKH)
     stored = _write(layer, chunk, view)
     if view.visible_BTS is None:
-        return stored, _as_array(chunk.k_BRKH, k_BTKH.dtype), _as_array(chunk.v_BRKH, v_BTKH.dtype)
+        return stored, _as_array(chunk.k_BTKH, k_BTKH.dtype), _as_array(chunk.v_BTKH, v_BTKH.dtype)
     if not view.chunk_is_apart:
         return stored, *jax.tree.map(lambda ring: _rows(ring, view.row_B), stored)
+
+    def behind(ring: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.concatenate([_rows(ring, view.row_B), jnp.swapaxes(new, 1, 2)], axis=2)
+
     # Storing first would lose the keys that the chunk's early tokens still see.
-    return stored, *jax.tree.map(
-        lambda ring, new: jnp.concatenate([_rows(ring, view.row_B), new], axis=1), layer, chunk
-    )
+    keys, values = (jax.tree.map(behind, ring, new) for ring, new in zip(layer, chunk, strict=True))
+    return stored, keys, values
 
 
 def _as_array(kept: jax.Array | Quantized, dtype: DTypeLike) -> jax.Array:

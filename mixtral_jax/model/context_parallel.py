@@ -40,7 +40,7 @@ def attention(
     mesh, axes, length = current_mesh(), rules.mesh_axes("length"), q_BTKGH.shape[1]
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
     split = shards > 1
-    kernels = _kernels(execution, length // shards, q_BTKGH.shape[-1], not split or window is not None)
+    kernels = kernels_for(execution, length // shards, q_BTKGH.shape[-1], not split or window is not None)
     on_device = partial(_on_device, window=window, execution=execution, kernels=kernels)
     if mesh is None or not (split or kernels):
         return on_device(q_BTKGH, Keys(k_BTKH, v_BTKH, segment_BT), segment_BT)
@@ -61,8 +61,12 @@ def attention(
     return mixed_BTKGH
 
 
-def _kernels(execution: Execution, length: int, head_dim: int, place_is_known: bool) -> dict[str, Any]:
-    """The kernels that take so many queries of a device, by jax's name of their platform."""
+def kernels_for(execution: Execution, length: int, head_dim: int, place_is_known: bool) -> dict[str, Any]:
+    """The kernels that take so many queries of a device, by jax's name of their platform.
+
+    Args:
+      place_is_known: where they lie among the keys, when compiling.
+    """
     if execution.attention == "xla":
         return {}
     shape = length, head_dim, execution.product_dtype

@@ -6,7 +6,6 @@ and another brings the results back. Nothing else crosses shards: groups of toke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,7 +35,7 @@ from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.parameters import stored_weight, weight
 from mixtral_jax.model.routing import Routing, Statistics, route, statistics
 from mixtral_jax.sharding.mesh import current_mesh
-from mixtral_jax.sharding.partition import over_parts, over_tokens, split_axes
+from mixtral_jax.sharding.partition import num_parts, over_parts, over_tokens, split_axes
 from mixtral_jax.sharding.rules import TRAINING, Rules
 
 
@@ -115,7 +114,7 @@ class MoE(nn.Module):
             y_BTD, kept_BTA = self._by_need(x_BTD, *chosen)
         else:
             y_BTD, kept_BTA = self._on_mesh(moe, x_BTD.shape[1])(x_BTD, *chosen, self._weights(moe))
-        shards = self._data_shards() if self.router.balance == "megatron" else 1
+        shards = num_parts("batch", self.rules) if self.router.balance == "megatron" else 1
         return y_BTD.astype(x_BTD.dtype), statistics(routing, kept_BTA, mask_BT, self.router.balance, shards)
 
     def _route(self, moe: MoEConfig, x_BTD: jax.Array) -> Routing:
@@ -134,11 +133,6 @@ class MoE(nn.Module):
         # Each shard its own: the compiler gathers what it is to sort.
         on_shards = over_tokens(choose, dict.fromkeys(biases, (None,)), self.rules)
         return on_shards(einsum("BTD,DE->BTE", x_BTD, router_DE, dtype="float32"), biases)
-
-    def _data_shards(self) -> int:
-        """How many parts the mesh splits the rows into."""
-        mesh = current_mesh()
-        return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in self.rules.mesh_axes("batch"))
 
     def _by_need(
         self, x_BTD: jax.Array, expert_BTA: jax.Array, gate_BTA: jax.Array, mask_BT: jax.Array

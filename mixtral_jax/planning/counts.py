@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from mixtral_jax.model.backends import flash, splash
 from mixtral_jax.model.backends.chunked import MOST_UNROLLED, SPANS
 from mixtral_jax.model.cache import num_slots
-from mixtral_jax.planning.job import DTYPE_BYTES, Job
+from mixtral_jax.planning.job import DTYPE_BYTES, AttentionKernel, Job
 from mixtral_jax.planning.memory import cache_bytes, decoding_weights, training_shards
 
 # Bytes of memory traffic that a score of attention causes where XLA computes it (written and read in float32, its
@@ -22,10 +21,6 @@ SCORE_BYTES_FORWARD = 12
 SCORE_BYTES_BACKWARD = 24
 OPTIMIZER_PASSES = 7
 """Arrays as large as the weights that an update moves: weights and two moments read and written, gradients read."""
-
-
-AttentionKernel: TypeAlias = Literal["xla", "splash", "flash", "ideal"]
-"""`splash` and `flash` keep scores on the chip, and compute blocks that some query sees; `ideal` only what is seen."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +79,9 @@ def halo_tokens(job: Job) -> int:
     return min(window - 1, own * (job.mesh.context - 1))
 
 
-def training_work(job: Job, kernel: AttentionKernel = "xla") -> list[Work]:
-    """A step's parts."""
-    return [_projections(job), _attention(job, kernel), _feed_forward(job), _loss(job), _update(job)]
+def training_work(job: Job, kernel: AttentionKernel | None = None) -> list[Work]:
+    """A step's parts, with attention by a kernel, or by the job's."""
+    return [_projections(job), _attention(job, kernel or job.kernel), _feed_forward(job), _loss(job), _update(job)]
 
 
 def _passes(job: Job) -> int:

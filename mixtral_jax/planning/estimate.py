@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.flops import training_flops
-from mixtral_jax.planning.counts import AttentionKernel, Work, decoding_work, prefill_work, training_work
+from mixtral_jax.planning.counts import Work, decoding_work, prefill_work, training_work
 from mixtral_jax.planning.interconnect import seconds
-from mixtral_jax.planning.job import Job
+from mixtral_jax.planning.job import AttentionKernel, Job
 from mixtral_jax.planning.memory import PREFILL_CHUNK
 from mixtral_jax.planning.topology import Topology
 from mixtral_jax.planning.traffic import Transfer, decoding_transfers, training_transfers
@@ -71,14 +71,12 @@ def estimate(job: Job, machine: Topology, kernel: AttentionKernel | None = None)
     """Of a step of training.
 
     Args:
-      kernel: of attention; None: ours on that machine.
+      kernel: of attention; None: the job's.
 
     Raises:
       InputError: nothing is known of the chip.
     """
     peak = _chip(machine).bf16_flops * job.num_chips
-    if kernel is None:
-        kernel = ("splash" if machine.is_tpu else "flash") if job.by_kernel else "xla"
     found = _timed(job, machine, training_work(job, kernel), training_transfers(job), job.tokens)
     model = training_flops(job.model, job.length)
     rate = found.tokens_per_second

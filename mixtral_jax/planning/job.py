@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig
 from mixtral_jax.errors import InputError
-from mixtral_jax.model.backends.splash import suits
+from mixtral_jax.model.context_parallel import kernels_for
 from mixtral_jax.model.dispatch import capacity, group
 from mixtral_jax.quantization import Bits, groups
 from mixtral_jax.sharding.axes import MESH_AXES
@@ -17,6 +18,14 @@ EXECUTION = Execution(activation_dtype="bfloat16", product_dtype="bfloat16", att
 """How a pod trains unless told otherwise."""
 
 DROPLESS = Dispatch()
+
+Platform: TypeAlias = Literal["tpu", "cuda", "cpu"]
+"""As jax names them."""
+
+AttentionKernel: TypeAlias = Literal["xla", "splash", "flash", "ideal"]
+"""`xla`: the chunked backend, whose scores go through memory. `splash` and `flash`: TPU's and GPU's kernels, which also
+compute what a block's mask hides. `ideal`: one that keeps scores on the chip and computes what is visible and no more,
+for comparison with others' numbers."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -39,6 +48,8 @@ class Job:
     serve: bool = False
     quantize: Bits | None = None
     """To serve, the bits of the layers' matrices and of the unembedding; None: the dtype of products."""
+    platform: Platform = "tpu"
+    """What it is compiled for."""
 
     @property
     def num_chips(self) -> int:
@@ -87,11 +98,12 @@ class Job:
         return moe.num_experts * places * (self.local_tokens // size)
 
     @property
-    def by_kernel(self) -> bool:
-        """Whether the kernels of TPUs and GPUs take its sequences; see `context_parallel`."""
+    def kernel(self) -> AttentionKernel:
+        """What attends in training."""
         known = self.mesh.context == 1 or self.model.sliding_window is not None
-        asked = self.execution.attention == "kernel" and not self.serve
-        return asked and known and suits(self.local_length, self.model.head_dim, self.execution.product_dtype)
+        found = kernels_for(self.execution, self.local_length, self.model.head_dim, known)
+        names: dict[Platform, AttentionKernel] = {"tpu": "splash", "cuda": "flash"}
+        return names[self.platform] if self.platform in found else "xla"
 
     @property
     def repeats_no_experts(self) -> bool:

@@ -15,6 +15,7 @@ import jax
 from flax import linen as nn
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.backends.chunked import queries_at_once
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.model.tensors import Tensor
 from mixtral_jax.model.transformer import abstract_params
@@ -177,7 +178,7 @@ def kept_activations(job: Job) -> float:
     if remat == "none":
         # Normalised inputs, rotated queries and keys, what attention gives, in float32 by XLA, and hidden activations.
         mixed = model.num_heads * model.head_dim // job.mesh.tensor
-        kept += stream * (2 * model.dim + 2 * heads) + (stream if job.by_kernel else _FLOAT) * mixed
+        kept += stream * (2 * model.dim + 2 * heads) + (_FLOAT if job.kernel == "xla" else stream) * mixed
         kept += stream * (hidden if model.moe is None else rows * (2 * model.dim + 3 * hidden))
     return model.num_layers * job.local_tokens * kept
 
@@ -204,7 +205,7 @@ def _attention(job: Job) -> float:
     of_keys = model.num_kv_heads // job.mesh.tensor * model.head_dim * job.local_rows * 4 * stream
     shared_keys = of_keys * (job.length if model.sliding_window is None else job.local_length)
     of_tokens = job.local_tokens * heads * model.head_dim * (4 * stream + _FLOAT)
-    scores = 0 if job.by_kernel else job.local_rows * heads * chunk * keys
+    scores = job.local_rows * heads * chunk * keys if job.kernel == "xla" else 0
     return of_tokens + shared_keys + 3 * _FLOAT * scores
 
 
@@ -258,8 +259,10 @@ def _serving(job: Job) -> Memory:
     tokens = job.rows * chunk
     hidden = model.hidden_dim // (job.mesh.fsdp * job.mesh.expert * job.mesh.tensor)
     rows = tokens * (1 if model.moe is None else model.moe.experts_per_token)
-    queries = min(chunk, job.execution.attention_chunk)
-    scores = 2 * _FLOAT * job.rows * heads * queries * num_slots(model, job.length)
+    slots = num_slots(model, job.length)
+    keys = slots if model.sliding_window is None else slots + chunk
+    queries = queries_at_once(min(chunk, job.execution.attention_chunk), job.rows * heads * keys)
+    scores = 2 * _FLOAT * job.rows * heads * keys * queries
     buffers = tokens * model.dim * 6 * stream + max(scores, rows * hidden * 3 * stream)
     buffers += _FLOAT * job.rows * model.vocab_size
     return Memory(weights=sum(decoding_weights(job)), cache=cache_bytes(job), buffers=buffers)

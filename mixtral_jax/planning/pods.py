@@ -63,7 +63,9 @@ class Pod:
         chosen = replace(EXECUTION, remat=entry.remat, attention_chunk=entry.attention_chunk)
         execution = EXECUTION if self.serve else chosen
         dispatch = Dispatch(capacity_factor=entry.capacity_factor)
-        job = Job(self.model, mesh, 1, self.length, execution, dispatch, serve=self.serve)
+        job = Job(
+            self.model, mesh, 1, self.length, execution, dispatch, serve=self.serve, platform=self.machine.platform
+        )
         return check(replace(job, rows=rows_of(job, entry.batch_per_chip)))
 
 

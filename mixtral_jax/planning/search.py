@@ -98,7 +98,7 @@ def _preference(each: Candidate) -> tuple[float, ...]:
 def candidates(wanted: Wanted, machine: Topology) -> Iterator[Job]:
     """Jobs whose sizes divide."""
     for mesh in [wanted.mesh] if wanted.mesh else meshes(wanted, machine):
-        for job in _of_mesh(wanted, mesh):
+        for job in _of_mesh(wanted, mesh, machine):
             if not problems(job):
                 yield job
 
@@ -125,9 +125,10 @@ def _divisors(number: int) -> list[int]:
     return [each for each in range(1, number + 1) if number % each == 0]
 
 
-def _of_mesh(wanted: Wanted, mesh: MeshConfig) -> Iterator[Job]:
+def _of_mesh(wanted: Wanted, mesh: MeshConfig, machine: Topology) -> Iterator[Job]:
     execution = replace(EXECUTION, cache_dtype=wanted.cache_dtype)
-    base = Job(wanted.model, mesh, 1, wanted.length, execution, serve=wanted.serve, quantize=wanted.quantize)
+    base = Job(wanted.model, mesh, 1, wanted.length, execution, serve=wanted.serve, platform=machine.platform)
+    base = replace(base, quantize=wanted.quantize)
     if wanted.batch_per_chip is not None:
         rows = [rows_of(base, wanted.batch_per_chip)]
     elif wanted.serve:

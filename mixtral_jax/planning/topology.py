@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from mixtral_jax.errors import InputError, nearest
+from mixtral_jax.planning.job import Platform
 from mixtral_jax.sharding import chips
 from mixtral_jax.sharding.chips import Chip, Switched, Torus
 
@@ -37,6 +38,11 @@ class Topology:
     @property
     def is_tpu(self) -> bool:
         return self.chip is not None and isinstance(self.chip.wiring, Torus)
+
+    @property
+    def platform(self) -> Platform:
+        """Jax's name of it."""
+        return "cpu" if self.chip is None else "tpu" if self.is_tpu else "cuda"
 
     @property
     def island(self) -> int:

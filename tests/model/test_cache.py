@@ -75,8 +75,8 @@ def test_the_docstrings_example():
         assert position.tolist() == [[t]]
     assert cache.position_BR.tolist() == [[4, 5, 2, 3]]
     assert cache.length_B.tolist() == [6]
-    np.testing.assert_array_equal(cache.layers[0].k_BRKH, k[:, np.array([4, 5, 2, 3])])
-    np.testing.assert_array_equal(cache.layers[0].v_BRKH, v[:, np.array([4, 5, 2, 3])])
+    np.testing.assert_array_equal(cache.layers[0].k_BKRH, np.swapaxes(k[:, np.array([4, 5, 2, 3])], 1, 2))
+    np.testing.assert_array_equal(cache.layers[0].v_BKRH, np.swapaxes(v[:, np.array([4, 5, 2, 3])], 1, 2))
 
 
 def test_a_chunk_longer_than_the_ring_stores_its_end():
@@ -166,32 +166,32 @@ def test_in_int8_any_chunking_sees_the_same_rounded_keys_and_values(chunk, windo
 def test_in_int8_a_token_of_zeros_stays_one():
     q, k, v = _text(1, 1)
     _, cache, _ = _advance(_empty(4, dtype="int8"), jnp.ones((1, 1), bool), q, k * 0, v, W)
-    assert not np.any(cache.layers[0].k_BRKH.dequantized())
-    assert np.abs(cache.layers[0].v_BRKH.values[:, 0]).max() == 127
+    assert not np.any(cache.layers[0].k_BKRH.dequantized())
+    assert np.abs(cache.layers[0].v_BKRH.values[:, :, 0]).max() == 127
 
 
 class ShapeTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_int8(self):
-        """Every leaf has rows and slots in front; the scales take 4 bytes beside each head's H."""
+        """A head's slots lie together; the scales take 4 bytes beside each head's H."""
         cache = self.variant(lambda: c.empty_cache(tiny.config("mixtral"), 3, W, "int8"))()
-        k_BRKH, v_BRKH = cache.layers[0]
-        chex.assert_shape([k_BRKH.values, v_BRKH.values], (3, W, K, H))
-        chex.assert_shape([k_BRKH.scale, v_BRKH.scale], (3, W, K, 1))
-        chex.assert_type([k_BRKH.values, k_BRKH.scale], [jnp.int8, jnp.float32])
+        k_BKRH, v_BKRH = cache.layers[0]
+        chex.assert_shape([k_BKRH.values, v_BKRH.values], (3, K, W, H))
+        chex.assert_shape([k_BKRH.scale, v_BKRH.scale], (3, K, W, 1))
+        chex.assert_type([k_BKRH.values, k_BKRH.scale], [jnp.int8, jnp.float32])
         new = jnp.ones((3, 5, K, H))
         view, moved, _ = c.view(cache, jnp.ones((3, 5), bool), W)
         advance = self.variant(lambda layer: c.advance(layer, new, new, view))
         stored, keys, values = advance(moved.layers[0])
         chex.assert_trees_all_equal_shapes_and_dtypes(cache.layers[0], stored)
-        chex.assert_shape([keys.values, values.values], (3, W + 5, K, H))
+        chex.assert_shape([keys.values, values.values], (3, K, W + 5, H))
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_cache(self):
         config = tiny.config("mixtral")
         cache = self.variant(lambda: c.empty_cache(config, 3, W, "bfloat16"))()
         assert cache.num_slots == W
-        chex.assert_shape(jax.tree.leaves(cache.layers), (3, W, K, H))
+        chex.assert_shape(jax.tree.leaves(cache.layers), (3, K, W, H))
         chex.assert_type(jax.tree.leaves(cache.layers), jnp.bfloat16)
         chex.assert_shape([cache.position_BR, cache.length_B], [(3, W), (3,)])
         new = jnp.zeros((3, 5, K, H))
@@ -204,6 +204,6 @@ class ShapeTest(chex.TestCase):
         slot, seen, moved, position, stored, (advanced, keys, values) = self.variant(advance)(cache, new)
         chex.assert_shape([slot, position, seen], [(3, 5), (3, 5), (3, 5, W + 5)])
         chex.assert_type([slot, position, seen], [int, int, bool])
-        chex.assert_shape([keys, values], (3, W + 5, K, H))
+        chex.assert_shape([keys, values], (3, K, W + 5, H))
         chex.assert_trees_all_equal_shapes_and_dtypes(cache, moved)
         chex.assert_trees_all_equal_shapes_and_dtypes(cache.layers[0], stored, advanced)

@@ -28,7 +28,7 @@ def _job(model, remat="full", rows=8, length=128, factor=1.0, window=None, **mes
     mesh = MeshConfig(**{"data": 1, **mesh})
     model = replace(model, sliding_window=window)
     dispatch = Dispatch(capacity_factor=factor, group_size=32)
-    job = Job(model, mesh, rows, length, replace(FLOAT, remat=remat), dispatch, loss_chunk=16)
+    job = Job(model, mesh, rows, length, replace(FLOAT, remat=remat), dispatch, loss_chunk=16, platform="cpu")
     return check(job)
 
 

@@ -153,21 +153,21 @@ def _in_blocks(
 ) -> jax.Array:
     """Rows in expert order, each through its expert, [M, D]; what stands in rows beyond the sizes' sum means nothing.
 
-    A loop is as long as its expert has blocks. The last one runs on into rows of the next expert, which then writes
-    them again.
+    A loop is as long as its expert has blocks. Results take the place of their rows; of a last block, which runs on
+    into rows of the next expert, those alone that are this one's. A compiler is free to make an array of zeros for them
+    for all layers before the first of them begins.
     """
     num_rows = x_MD.shape[0]
-    x_MD = jnp.pad(x_MD, [(0, block), (0, 0)])
-    y_MD = jnp.zeros(x_MD.shape, execution.activation_dtype)
-    starts_E = jnp.cumsum(sizes_E) - sizes_E
+    rows_MD = jnp.pad(x_MD.astype(jnp.promote_types(x_MD.dtype, execution.activation_dtype)), [(0, block), (0, 0)])
+    ends_E = jnp.cumsum(sizes_E)
     for index, weights in enumerate(experts):
 
-        def step(
-            i: jax.Array, y_MD: jax.Array, start: jax.Array = starts_E[index], weights: SwiGLU = weights
-        ) -> jax.Array:
-            row = start + i * block
-            y_BD = swiglu(jax.lax.dynamic_slice_in_dim(x_MD, row, block)[None], weights, execution)[0]
-            return jax.lax.dynamic_update_slice_in_dim(y_MD, y_BD, row, axis=0)
+        def step(i: jax.Array, rows_MD: jax.Array, index: int = index, weights: SwiGLU = weights) -> jax.Array:
+            row = ends_E[index] - sizes_E[index] + i * block
+            x_BD = jax.lax.dynamic_slice_in_dim(rows_MD, row, block)
+            y_BD = swiglu(x_BD[None], weights, execution)[0].astype(rows_MD.dtype)
+            own_B1 = (row + jnp.arange(block) < ends_E[index])[:, None]
+            return jax.lax.dynamic_update_slice_in_dim(rows_MD, jnp.where(own_B1, y_BD, x_BD), row, axis=0)
 
-        y_MD = jax.lax.fori_loop(0, -(-sizes_E[index] // block), step, y_MD)
-    return y_MD[:num_rows]
+        rows_MD = jax.lax.fori_loop(0, -(-sizes_E[index] // block), step, rows_MD)
+    return rows_MD[:num_rows]

@@ -22,18 +22,14 @@ from mixtral_jax.model.recompute import recomputed
 MOST_UNROLLED = 16
 """Chunks of a sequence; where there are more, they are scanned."""
 MOST_SCORES = 1 << 28
-"""Of a chunk of queries over a cache, 1 GiB of them in float32; where there would be more, chunks are smaller."""
+"""Of a chunk of queries over a cache on a device, 1 GiB in float32; where there would be more, chunks are smaller."""
 SPANS = 4
 """Scans of a sequence without a window."""
 _MASKED = -1e30  # finite: a row that sees nothing yields the mean of the values, not NaN
 
 
 def attend(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array | Quantized,
-    v_BSKH: jax.Array | Quantized,
-    visible_BTS: jax.Array,
-    product_dtype: str,
+    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array, product_dtype: str
 ) -> jax.Array:
     """Softmax attention of grouped queries over the keys that they see.
 
@@ -42,14 +38,22 @@ def attend(
     Returns:
       float32 [B, T, K, G, H].
     """
-    q_BTKGH = q_BTKGH.astype(jnp.float32) * q_BTKGH.shape[-1] ** -0.5  # there are fewer queries than scores
-    scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, dtype=product_dtype)
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, _MASKED)
-    peak_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
-    weight_BKGTS = jnp.exp(scores_BKGTS - peak_BKGT1)
-    total_BKGT = jnp.sum(weight_BKGTS, axis=-1)
+    scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", _scaled(q_BTKGH), k_BSKH, dtype=product_dtype)
+    weight_BKGTS, total_BKGT = _softmax(scores_BKGTS, visible_BTS[:, None, None])
     mixed_BTKGH = einsum("BKGTS,BSKH->BTKGH", weight_BKGTS, v_BSKH, dtype=product_dtype)
     return mixed_BTKGH / jnp.transpose(total_BKGT, (0, 3, 1, 2))[..., None]
+
+
+def _scaled(q: jax.Array) -> jax.Array:
+    return q.astype(jnp.float32) * q.shape[-1] ** -0.5  # there are fewer queries than scores
+
+
+def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights along the last dimension, not normalised, and their sums."""
+    scores = jnp.where(visible, scores, _MASKED)
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weight = jnp.exp(scores - peak)
+    return weight, jnp.sum(weight, axis=-1)
 
 
 class Keys(NamedTuple):
@@ -178,25 +182,28 @@ def _attend_chunk(
 
 def cached_attention(
     q_BTKGH: jax.Array,
-    k_BSKH: jax.Array | Quantized,
-    v_BSKH: jax.Array | Quantized,
+    k_BKSH: jax.Array | Quantized,
+    v_BKSH: jax.Array | Quantized,
     visible_BTS: jax.Array,
     chunk: int,
     product_dtype: str,
+    shards: int = 1,
 ) -> jax.Array:
     """Attention to a cache, whose slots are in no order: the mask says who sees what.
+
+    Args:
+      chunk: queries at a time, at most.
+      shards: devices that the heads are split over.
 
     Returns:
       float32 [B, T, K, G, H].
     """
     batch, length, num_kv_heads, num_groups, _ = q_BTKGH.shape
-    scores = batch * num_kv_heads * num_groups * visible_BTS.shape[2]  # of a query
-    # A power of two, so that it divides a chunk of prefill.
-    chunk = min(chunk, 1 << max(1, MOST_SCORES // scores).bit_length() - 1)
+    chunk = queries_at_once(chunk, batch * num_kv_heads * num_groups * visible_BTS.shape[2] // shards)
 
     def take(start: jax.Array | int, size: int) -> jax.Array:
         chunk_of = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
-        return attend(chunk_of(q_BTKGH), k_BSKH, v_BSKH, chunk_of(visible_BTS), product_dtype)
+        return _attend_to_cache(chunk_of(q_BTKGH), k_BKSH, v_BKSH, chunk_of(visible_BTS), product_dtype)
 
     outputs: list[jax.Array] = []
     whole = 0
@@ -210,3 +217,28 @@ def cached_attention(
             q_BTKGH, outputs[-1] = jax.lax.optimization_barrier((q_BTKGH, outputs[-1]))
         outputs.append(take(start, min(chunk, length - start)))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def queries_at_once(chunk: int, scores: int) -> int:
+    """A chunk of queries over a cache, each of which has so many scores on a device, over all texts and heads."""
+    # A power of two, so that it divides a chunk of prefill.
+    return min(chunk, 1 << max(1, MOST_SCORES // scores).bit_length() - 1)
+
+
+def _attend_to_cache(
+    q_BTKGH: jax.Array,
+    k_BKSH: jax.Array | Quantized,
+    v_BKSH: jax.Array | Quantized,
+    visible_BTS: jax.Array,
+    product_dtype: str,
+) -> jax.Array:
+    """`attend` as products of one matrix a text and head: of other forms XLA:GPU makes some for which it lays the whole
+    cache out anew."""
+    batch, length, num_kv_heads, num_groups, head_dim = q_BTKGH.shape
+    q_BKMH = jnp.transpose(_scaled(q_BTKGH), (0, 2, 3, 1, 4)).reshape(batch, num_kv_heads, -1, head_dim)
+    scores_BKMS = einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, dtype=product_dtype)
+    scores_BKGTS = scores_BKMS.reshape(batch, num_kv_heads, num_groups, length, -1)
+    weight_BKGTS, total_BKGT = _softmax(scores_BKGTS, visible_BTS[:, None, None])
+    mixed_BKMH = einsum("BKMS,BKSH->BKMH", weight_BKGTS.reshape(scores_BKMS.shape), v_BKSH, dtype=product_dtype)
+    mixed_BKGTH = mixed_BKMH.reshape(*total_BKGT.shape, head_dim) / total_BKGT[..., None]
+    return jnp.transpose(mixed_BKGTH, (0, 3, 1, 2, 4))

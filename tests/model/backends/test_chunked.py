@@ -111,6 +111,11 @@ def test_bfloat16_products_are_close():
     assert 1e-4 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 1e-2
 
 
+def _by_head(*arrays):
+    """As a cache holds keys and values."""
+    return [jnp.swapaxes(x_BSKH, 1, 2) for x_BSKH in arrays]
+
+
 @pytest.mark.parametrize(("chunk", "most_scores"), [(3, 1 << 28), (100, 1 << 28), (100, 4 * 2 * 6 * 12), (100, 1)])
 def test_cached_attention_goes_by_its_mask(monkeypatch, chunk, most_scores):
     """Ten queries over twelve slots in no order; all at once, or fewer at a time than the last ones are."""
@@ -120,7 +125,7 @@ def test_cached_attention_goes_by_its_mask(monkeypatch, chunk, most_scores):
     position_S = np.random.default_rng(2).permutation(12)
     seen_BTS = visible(jnp.arange(2, 12), jnp.asarray(position_S), W)[None].repeat(2, 0)
     expected = [[oracle.sees(query, key, W) for key in position_S] for query in range(2, 12)]
-    y = cached_attention(q, k, v, seen_BTS, chunk, "float32")
+    y = cached_attention(q, *_by_head(k, v), seen_BTS, chunk, "float32")
     np.testing.assert_allclose(y, oracle.attention(q, k, v, np.array([expected] * 2)), atol=5e-6)
 
 
@@ -165,7 +170,7 @@ class ShapeTest(chex.TestCase):
         outputs = [
             self.variant(lambda q, k, v: self_attention(q, Keys(k, v), None, W, 4, "bfloat16"))(q, k, v),
             self.variant(lambda *inputs: attend(*inputs, "bfloat16"))(q, k, v, seen_BTS),
-            self.variant(lambda *inputs: cached_attention(*inputs, 4, "bfloat16"))(q, k, v, seen_BTS),
+            self.variant(lambda *inputs: cached_attention(*inputs, 4, "bfloat16"))(q, *_by_head(k, v), seen_BTS),
         ]
         chex.assert_shape(outputs, (2, 8, *HEADS))
         chex.assert_type(outputs, jnp.float32)
