@@ -50,8 +50,8 @@ soak: $(VENV)/.test ## Serve a toy for SOAK_MINUTES under a random load: memory,
 chaos: $(VENV)/.test ## Put every fault that training is to survive into a real run, and print what happened
 	$(bin)/python -m benchmarks.chaos
 
-nightly: $(VENV)/.test ## Compile every plan in configs/pods for its TPU; hours, goes on where it stopped
-	$(bin)/python -m benchmarks.pods nightly build/nightly
+nightly: $(VENV)/.test ## Compile every plan in configs/pods for its machine; hours, goes on where it stopped
+	PYTHONPATH=$(VENV)/gpu-compiler $(bin)/python -m benchmarks.pods nightly build/nightly
 
 maxtext: $(MAXTEXT)/.installed ## Install MaxText by Python 3.12, for python -m benchmarks --maxtext .venv-maxtext
 

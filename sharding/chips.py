@@ -99,18 +99,26 @@ def chip_by_name(name: str) -> Chip:
 
 
 def multiplies_bfloat16(platform: str) -> bool:
-    """Whether a platform has units for products of bfloat16: all but CPUs without AMX or AVX512-BF16.
+    """Whether a platform has units for products of bfloat16: all but old GPUs, and CPUs without AMX or AVX512-BF16.
 
     Elsewhere XLA:CPU converts the operands on the way, which at decoding takes twice the time of float32. Where a CPU
     does not say what it has, as outside of Linux on x86-64, it is taken to have none.
     """
     if platform != "cpu":
-        return True
+        return not computes_on_old_gpu()
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
     return re.search(r"^flags\s*:.*\b(amx_bf16|avx512_bf16)\b", flags, re.MULTILINE) is not None
+
+
+def computes_on_old_gpu() -> bool:
+    """Whether jax computes on an NVIDIA GPU from before Ampere, such as a T4 or V100: it has no units for bfloat16, and
+    Triton compiles nothing for it."""
+    device = jax.devices()[0]
+    major, _, _ = str(getattr(device, "compute_capability", "")).partition(".")
+    return device.platform == "gpu" and major.isdigit() and int(major) < 8
 
 
 def has_tpu() -> bool:
@@ -119,8 +127,8 @@ def has_tpu() -> bool:
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA GPU is attached to this host, by its device files."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    """Whether an NVIDIA GPU is attached to this host, by its device files; within Windows it is another's."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
 def quiet_compiler() -> None:

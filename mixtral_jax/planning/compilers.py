@@ -40,7 +40,8 @@ _GPUS = {
     "H100": _Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 50, 228),
     "H200": _Gpu("NVIDIA H200", (9, 0), 132, 128, 1.98, 50, 228),
 }
-_PLUG_INS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+_PLUG_INS = {"jax_plugins.xla_cuda13": "jax-cuda13-plugin", "jax_plugins.xla_cuda12": "jax-cuda12-plugin"}
+"""Of jax for CUDA, by module: the packages."""
 
 
 def devices(machine: Topology) -> Sequence[Any]:
@@ -146,18 +147,21 @@ def advice(machine: Topology) -> str:
 
 
 def require_compiler(machine: Topology) -> None:
-    """Raises InputError unless a compiler for the machine is installed, libtpu of the version that this jax wants."""
+    """Raises InputError unless a compiler for the machine is installed, of the version that this jax wants."""
     if not has_compiler(machine):
-        raise InputError(
-            "libtpu" if machine.is_tpu else "jax_cuda12_plugin", None, f"is not installed; {advice(machine)}"
-        )
-    if not machine.is_tpu:
-        return
+        package = "libtpu" if machine.is_tpu else "jax-cuda12-plugin"
+        raise InputError(package, None, f"is not installed; {advice(machine)}")
     from importlib import metadata
 
-    here, wanted = metadata.version("libtpu"), _wanted_version(metadata.requires("jax") or [])
+    if machine.is_tpu:
+        package, wanted = "libtpu", _wanted_version(metadata.requires("jax") or [])
+    else:
+        package = next(package for module, package in _PLUG_INS.items() if _is_installed(module))
+        # Another is passed over, as if it were not there (jaxlib.plugin_support).
+        wanted = ".".join(metadata.version("jaxlib").split(".")[:3])
+    here = metadata.version(package)
     if wanted is not None and not f"{here}.".startswith(f"{wanted}."):
-        raise InputError("libtpu", here, f"this jax {metadata.version('jax')} wants {wanted}; {advice(machine)}")
+        raise InputError(package, here, f"this jax {metadata.version('jax')} wants {wanted}; {advice(machine)}")
 
 
 def _wanted_version(requirements: Sequence[str]) -> str | None:

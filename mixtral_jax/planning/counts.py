@@ -126,10 +126,11 @@ def _attention(job: Job, kernel: AttentionKernel) -> Work:
 
 
 def block_scores(job: Job, blocks: Sequence[int]) -> int:
-    """Scores of a row and a head in blocks that some query of theirs sees; of the first size that divides."""
+    """Scores of a row and a head in blocks that some query of theirs sees, of the first size that divides; of the
+    shard with the most."""
     window, own = job.model.sliding_window, job.local_length
     block = next(size for size in blocks if own % size == 0)
-    before = 0 if job.mesh.context == 1 else -(-halo_tokens(job) // block) * block
+    before = job.length - own if window is None else -(-halo_tokens(job) // block) * block
     scores = 0
     for start in range(before, before + own, block):
         first = 0 if window is None else max(0, start - window + 1) // block * block

@@ -52,7 +52,7 @@ def test_the_compiler_says_nothing():
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "extra"), [("v5p:4x4x4", "libtpu", "plan"), ("h100:8", "jax_cuda12_plugin", "plan-gpu")]
+    ("name", "package", "extra"), [("v5p:4x4x4", "libtpu", "plan"), ("h100:8", "jax-cuda12-plugin", "plan-gpu")]
 )
 def test_without_a_compiler(monkeypatch, name, package, extra):
     monkeypatch.setattr(compilers, "has_compiler", lambda machine: False)
@@ -66,6 +66,19 @@ def test_with_a_compiler_that_is_not_matched(monkeypatch):
     monkeypatch.setattr(metadata, "requires", lambda name: ['libtpu==0.0.42.*; extra == "tpu"'])
     with pytest.raises(InputError, match=r"libtpu = '0.0.50.1': this jax 0.10.2 wants 0.0.42; .*mixtral-jax\[plan\]"):
         compilers.require_compiler(topology("v5p:4x4x4"))
+
+
+@pytest.mark.parametrize("cuda", [12, 13])
+def test_with_a_plug_in_of_another_version(monkeypatch, cuda):
+    package = f"jax-cuda{cuda}-plugin"
+    monkeypatch.setattr(compilers, "_is_installed", lambda module: module == f"jax_plugins.xla_cuda{cuda}")
+    monkeypatch.setattr(metadata, "version", lambda name: "0.10.1" if name == package else "0.10.2")
+    with pytest.raises(
+        InputError, match=rf"{package} = '0.10.1': this jax 0.10.2 wants 0.10.2; .*mixtral-jax\[plan-gpu\]"
+    ):
+        compilers.require_compiler(topology("h100:8"))
+    monkeypatch.setattr(metadata, "version", lambda name: "0.10.2.post1" if name == package else "0.10.2")
+    compilers.require_compiler(topology("h100:8"))
 
 
 _FOR_GPU = """
