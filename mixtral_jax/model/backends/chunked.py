@@ -201,22 +201,20 @@ def cached_attention(
     batch, length, num_kv_heads, num_groups, _ = q_BTKGH.shape
     chunk = queries_at_once(chunk, batch * num_kv_heads * num_groups * visible_BTS.shape[2] // shards)
 
-    def take(start: jax.Array | int, size: int) -> jax.Array:
+    def take(start: jax.Array | int, rows_BTKGH: jax.Array, size: int = chunk) -> jax.Array:
         chunk_of = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
-        return _attend_to_cache(chunk_of(q_BTKGH), k_BKSH, v_BKSH, chunk_of(visible_BTS), product_dtype)
+        mixed = _attend_to_cache(chunk_of(rows_BTKGH), k_BKSH, v_BKSH, chunk_of(visible_BTS), product_dtype)
+        return jax.lax.dynamic_update_slice_in_dim(rows_BTKGH, mixed, start, axis=1)
 
-    outputs: list[jax.Array] = []
-    whole = 0
+    # Results take the place of queries: an array of zeros for them, a compiler is free to make for all layers at once.
+    rows_BTKGH, done = q_BTKGH.astype(jnp.float32), 0
     if length > chunk * MOST_UNROLLED:
-        whole = length // chunk * chunk
-        outputs_XBTKGH = jax.lax.map(partial(take, size=chunk), jnp.arange(0, whole, chunk))
-        outputs.append(jnp.moveaxis(outputs_XBTKGH, 0, 1).reshape(batch, whole, *q_BTKGH.shape[2:]))
-    for start in range(whole, length, chunk):
-        if outputs:
-            # Each after the one before: left free, a compiler holds the scores of all at once.
-            q_BTKGH, outputs[-1] = jax.lax.optimization_barrier((q_BTKGH, outputs[-1]))
-        outputs.append(take(start, min(chunk, length - start)))
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+        rows_BTKGH = jax.lax.fori_loop(0, length // chunk, lambda i, rows: take(i * chunk, rows), rows_BTKGH)
+        done = length // chunk * chunk
+    for start in range(done, length, chunk):
+        # Each after the one before: left free, it holds the scores of all at once.
+        rows_BTKGH = take(start, jax.lax.optimization_barrier(rows_BTKGH), min(chunk, length - start))
+    return rows_BTKGH
 
 
 def queries_at_once(chunk: int, scores: int) -> int:
