@@ -106,11 +106,20 @@ def multiplies_bfloat16(platform: str) -> bool:
     """
     if platform != "cpu":
         return not computes_on_old_gpu()
+    return has_amx() or _cpu_says("avx512_bf16")
+
+
+def has_amx() -> bool:
+    """Whether this host's CPU has matrix units."""
+    return _cpu_says("amx_bf16")
+
+
+def _cpu_says(flag: str) -> bool:
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
-    return re.search(r"^flags\s*:.*\b(amx_bf16|avx512_bf16)\b", flags, re.MULTILINE) is not None
+    return re.search(rf"^flags\s*:.*\b{flag}\b", flags, re.MULTILINE) is not None
 
 
 def computes_on_old_gpu() -> bool:

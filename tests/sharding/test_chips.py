@@ -80,21 +80,21 @@ def test_old_gpus_have_no_kernels_and_no_bfloat16(monkeypatch, platform, capabil
 
 
 @pytest.mark.parametrize(
-    ("platform", "flags", "expected"),
+    ("platform", "flags", "expected", "amx"),
     [
-        ("tpu", None, True),
-        ("gpu", "flags : sse", True),
-        ("cpu", None, False),
-        ("cpu", "model : x\nflags\t\t: fpu avx2 avx512_bf16 vaes\n", True),
-        ("cpu", "flags : amx_bf16\n", True),
-        ("cpu", "flags : fpu avx2 avx512_bf16x\nbugs : amx_bf16\n", False),
+        ("tpu", None, True, False),
+        ("gpu", "flags : sse", True, False),
+        ("cpu", None, False, False),
+        ("cpu", "model : x\nflags\t\t: fpu avx2 avx512_bf16 vaes\n", True, False),
+        ("cpu", "flags : amx_bf16\n", True, True),
+        ("cpu", "flags : fpu avx2 avx512_bf16x\nbugs : amx_bf16\n", False, False),
     ],
 )
-def test_what_multiplies_bfloat16(monkeypatch, platform, flags, expected):
+def test_what_multiplies_bfloat16(monkeypatch, platform, flags, expected, amx):
     def read(path, encoding):
         if flags is None:
             raise FileNotFoundError(path)
         return flags
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert chips.multiplies_bfloat16(platform) == expected
+    assert (chips.multiplies_bfloat16(platform), chips.has_amx()) == (expected, amx)

@@ -1,4 +1,4 @@
-"""Products of a few rows with a matrix, on a CPU without units for bfloat16.
+"""Products of a few rows with a matrix, on a CPU without matrix units.
 
 There the matrix is what costs, and XLA:CPU packs it before it multiplies more rows than one: decoding waits for that.
 Here the sums of all rows run through it side by side, in one loop that reads it once, as it lies: in bfloat16 at half
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mixtral_jax.model.backends.quantized import Quantized
-from mixtral_jax.sharding.chips import multiplies_bfloat16
+from mixtral_jax.sharding.chips import has_amx
 
 OPTIONS = {"xla_cpu_enable_fast_math": True}
 """The compiler's. Infinities, NaN, divisions and functions stay as they are: XLA has a flag for each."""
@@ -34,7 +34,7 @@ _MOST_FROM_THE_RIGHT = 64
 @cache
 def are_for_this_host() -> bool:
     """Whether the default device is such a CPU."""
-    return jax.default_backend() == "cpu" and not multiplies_bfloat16("cpu")
+    return jax.default_backend() == "cpu" and not has_amx()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("values", "scale"), meta_fields=("inputs",))
