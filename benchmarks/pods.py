@@ -21,7 +21,7 @@ from mixtral_jax.planning.compilers import has_compiler
 from mixtral_jax.planning.job import EXECUTION
 from mixtral_jax.planning.pods import PURPOSES, Pod, pods
 from mixtral_jax.planning.report import GIB, fit
-from mixtral_jax.planning.search import Wanted, fits_on, search
+from mixtral_jax.planning.search import Wanted, fits_on, flags, search
 from mixtral_jax.planning.table import markdown, rows
 from mixtral_jax.planning.topology import topology
 
@@ -37,7 +37,7 @@ def nightly(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for pod in pods():
         file = folder / f"{pod.name.removeprefix('pods/').replace('/', '.')}.json"
-        if has_compiler(pod.machine) and pod.entry.mesh is not None and not file.exists():
+        if has_compiler(pod.machine) and pod.entry.mesh is not None and not _is_done(file, pod):
             print(f"compiling {pod.name}", flush=True)
             file.write_text(json.dumps(_compile(pod), indent=1) + "\n")
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
@@ -45,11 +45,17 @@ def nightly(folder: Path) -> None:
     print(f"wrote {folder / 'table.md'}: {len(results)} plans")
 
 
+def _is_done(file: Path, pod: Pod) -> bool:
+    """Whether the file has a result of the plan as it is now."""
+    return file.exists() and json.loads(file.read_text()).get("flags") == flags(pod.job())
+
+
 def _compile(pod: Pod) -> dict[str, Any]:
     started, job = time.time(), pod.job()
     compiled = compile_job(job, pod.machine)
     return {
         "name": pod.name,
+        "flags": flags(job),
         **fit(job, pod.machine, compiled),
         "programs": {each.name: {**each.memory, "missing": each.missing} for each in compiled},
         "seconds": time.time() - started,

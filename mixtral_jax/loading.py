@@ -50,7 +50,8 @@ def load(
       path: a Hugging Face folder, one of Mistral's with params.json, a GGUF file, a checkpoint that `convert` wrote,
         the folder of a training run, whose newest checkpoint is taken, or the id of a model on the Hugging Face hub.
       dtype: of the matrices and of products' operands; products accumulate in float32. auto: bfloat16, but on a CPU
-        that has no units for products of bfloat16 float32 for the operands, and on a mesh of such for the matrices.
+        or old GPU that has no units for products of bfloat16 float32 for the operands, and on a mesh of such for the
+        matrices.
       quantize: the layers' matrices and the unembedding as int8, a scale a channel, or as int4, a scale a group; each
         tensor as it is read. None: as they are stored, where `convert --quantize` wrote them.
       mesh: the devices to spread the weights over, with any of the axes `fsdp`, `expert` and `tensor`: heads lie over

@@ -173,7 +173,7 @@ def _write(layer: LayerCache, chunk: _Chunk, view: View) -> LayerCache:
 
 
 def _select(ring_BKR1: jax.Array, new_BTK1: jax.Array, slot_BT: jax.Array) -> jax.Array:
-    """Writes scales without a scatter, for which TPUs lay them out by heads, and pad a few heads to 128."""
+    """Writes scales without a scatter, for which TPUs lay each out in a row of 128, at twice the memory of prefill."""
     batch, _, slots, _ = ring_BKR1.shape
     chunk = slot_BT.shape[1]
     new_BKT1 = jnp.swapaxes(new_BTK1, 1, 2)

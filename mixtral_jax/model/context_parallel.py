@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from mixtral_jax.config import Execution
 from mixtral_jax.model.backends import chunked, flash, splash
 from mixtral_jax.model.backends.chunked import Keys
+from mixtral_jax.sharding.chips import computes_on_old_gpu
 from mixtral_jax.sharding.mesh import current_mesh
 from mixtral_jax.sharding.partition import token_axes
 from mixtral_jax.sharding.rules import Rules
@@ -41,6 +42,8 @@ def attention(
     shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
     split = shards > 1
     kernels = kernels_for(execution, length // shards, q_BTKGH.shape[-1], not split or window is not None)
+    if kernels and computes_on_old_gpu():
+        kernels = {}
     on_device = partial(_on_device, window=window, execution=execution, kernels=kernels)
     if mesh is None or not (split or kernels):
         return on_device(q_BTKGH, Keys(k_BTKH, v_BTKH, segment_BT), segment_BT)

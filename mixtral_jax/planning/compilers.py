@@ -40,8 +40,8 @@ _GPUS = {
     "H100": _Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 50, 228),
     "H200": _Gpu("NVIDIA H200", (9, 0), 132, 128, 1.98, 50, 228),
 }
-_PLUG_INS = {"jax_plugins.xla_cuda13": "jax-cuda13-plugin", "jax_plugins.xla_cuda12": "jax-cuda12-plugin"}
-"""Of jax for CUDA, by module: the packages."""
+_CUDA = ("13", "12")
+"""Versions that jax has a plug-in for, the preferred first."""
 
 
 def devices(machine: Topology) -> Sequence[Any]:
@@ -128,7 +128,15 @@ def has_compiler(machine: Topology) -> bool:
     """Whether a compiler for the machine is installed."""
     if machine.chip is None:
         return True
-    return any(map(_is_installed, ("libtpu",) if machine.is_tpu else _PLUG_INS))
+    return _is_installed("libtpu") if machine.is_tpu else _plug_in() is not None
+
+
+def _plug_in() -> str | None:
+    """The package of jax's plug-in for CUDA, if it and the compiler that it calls are installed."""
+    for cuda in _CUDA:
+        if _is_installed(f"jax_cuda{cuda}_plugin") and _is_installed(f"jax_plugins.xla_cuda{cuda}"):
+            return f"jax-cuda{cuda}-plugin"
+    return None
 
 
 def _is_installed(module: str) -> bool:
@@ -148,17 +156,14 @@ def advice(machine: Topology) -> str:
 
 def require_compiler(machine: Topology) -> None:
     """Raises InputError unless a compiler for the machine is installed, of the version that this jax wants."""
+    package = "libtpu" if machine.is_tpu else _plug_in() or "jax-cuda12-plugin"
     if not has_compiler(machine):
-        package = "libtpu" if machine.is_tpu else "jax-cuda12-plugin"
         raise InputError(package, None, f"is not installed; {advice(machine)}")
     from importlib import metadata
 
-    if machine.is_tpu:
-        package, wanted = "libtpu", _wanted_version(metadata.requires("jax") or [])
-    else:
-        package = next(package for module, package in _PLUG_INS.items() if _is_installed(module))
-        # Another is passed over, as if it were not there (jaxlib.plugin_support).
-        wanted = ".".join(metadata.version("jaxlib").split(".")[:3])
+    # A plug-in of another version is passed over, as if it were not there (jaxlib.plugin_support).
+    of_jaxlib = ".".join(metadata.version("jaxlib").split(".")[:3])
+    wanted = _wanted_version(metadata.requires("jax") or []) if machine.is_tpu else of_jaxlib
     here = metadata.version(package)
     if wanted is not None and not f"{here}.".startswith(f"{wanted}."):
         raise InputError(package, here, f"this jax {metadata.version('jax')} wants {wanted}; {advice(machine)}")

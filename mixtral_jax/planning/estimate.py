@@ -6,7 +6,7 @@ and their gradients travel meanwhile, as far as there is time; tokens travel in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.flops import training_flops
@@ -71,12 +71,13 @@ def estimate(job: Job, machine: Topology, kernel: AttentionKernel | None = None)
     """Of a step of training.
 
     Args:
-      kernel: of attention; None: the job's.
+      kernel: of attention; None: the machine's.
 
     Raises:
       InputError: nothing is known of the chip.
     """
     peak = _chip(machine).bf16_flops * job.num_chips
+    kernel = kernel or replace(job, platform=machine.platform).kernel
     found = _timed(job, machine, training_work(job, kernel), training_transfers(job), job.tokens)
     model = training_flops(job.model, job.length)
     rate = found.tokens_per_second

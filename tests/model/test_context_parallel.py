@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from mixtral_jax.config import Execution
+from mixtral_jax.model import context_parallel
 from mixtral_jax.model.context_parallel import attention, halo_pieces
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 from mixtral_jax.sharding.rules import TRAINING
@@ -98,3 +99,12 @@ def test_at_32k_tokens_too(mesh):
 )
 def test_halo_pieces(halo, length, pieces):
     assert halo_pieces(halo, length, num_shards=4) == pieces
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_an_old_gpu_has_no_kernels(monkeypatch, old):
+    monkeypatch.setattr(context_parallel, "computes_on_old_gpu", lambda: old)
+    q_BTKGH, k_BTKH = jnp.ones((1, 256, 1, 2, 128)), jnp.ones((1, 256, 1, 128))
+    execution = Execution(product_dtype="bfloat16")
+    program = jax.make_jaxpr(lambda q, k: attention(q, k, k, None, 64, execution, TRAINING))
+    assert str(program(q_BTKGH, k_BTKH)).count("pallas_call[") == (0 if old else 2)

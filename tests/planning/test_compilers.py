@@ -71,7 +71,7 @@ def test_with_a_compiler_that_is_not_matched(monkeypatch):
 @pytest.mark.parametrize("cuda", [12, 13])
 def test_with_a_plug_in_of_another_version(monkeypatch, cuda):
     package = f"jax-cuda{cuda}-plugin"
-    monkeypatch.setattr(compilers, "_is_installed", lambda module: module == f"jax_plugins.xla_cuda{cuda}")
+    monkeypatch.setattr(compilers, "_is_installed", lambda module: f"cuda{cuda}" in module)
     monkeypatch.setattr(metadata, "version", lambda name: "0.10.1" if name == package else "0.10.2")
     with pytest.raises(
         InputError, match=rf"{package} = '0.10.1': this jax 0.10.2 wants 0.10.2; .*mixtral-jax\[plan-gpu\]"

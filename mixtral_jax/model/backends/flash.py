@@ -23,7 +23,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from mixtral_jax.model.backends.chunked import Keys
-from mixtral_jax.sharding.chips import computes_on_old_gpu
 
 LANES = 128
 """Lengths are multiples of it."""
@@ -37,9 +36,8 @@ _LOG2_E = math.log2(math.e)
 
 
 def suits(length: int, head_dim: int, product_dtype: str) -> bool:
-    """Whether the kernels take so many queries, and the GPU, if there is one; they round to bfloat16."""
-    fits = length % LANES == 0 and head_dim in HEAD_DIMS and product_dtype == "bfloat16"
-    return fits and not computes_on_old_gpu()
+    """Whether the kernels take so many queries; they round to bfloat16."""
+    return length % LANES == 0 and head_dim in HEAD_DIMS and product_dtype == "bfloat16"
 
 
 def self_attention(

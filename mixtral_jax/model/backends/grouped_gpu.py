@@ -20,8 +20,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from mixtral_jax.sharding.chips import computes_on_old_gpu
-
 TILE = 128
 """Of a result, each way."""
 DEPTH = 64
@@ -31,9 +29,8 @@ _PARAMS = triton.CompilerParams(num_warps=8, num_stages=3)
 
 
 def suits(dtype: str | jnp.dtype, *widths: int) -> bool:
-    """Whether the kernels take these: bfloat16 operands, of widths that tiles divide; and the GPU, if there is one."""
-    fits = jnp.dtype(dtype) == jnp.bfloat16 and all(width % TILE == 0 for width in widths)
-    return fits and not computes_on_old_gpu()
+    """Whether the kernels take these: bfloat16 operands, of widths that tiles divide."""
+    return jnp.dtype(dtype) == jnp.bfloat16 and all(width % TILE == 0 for width in widths)
 
 
 def product(

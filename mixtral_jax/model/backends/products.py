@@ -22,8 +22,8 @@ from mixtral_jax.model.backends.few_rows import ByOutput
 from mixtral_jax.model.backends.quantized import Quantized
 
 PRODUCT = "product"
-"""The name of what a product with a weight gives, for policies of what a backward pass keeps. Known by its kind alone,
-it would be kept before it is rounded to `result_dtype`, in float32."""
+"""The name of a product's result, for policies of what a backward pass keeps; not of products that have a dimension in
+all three terms, such as scores. By their kind alone, results would be kept before they are rounded, in float32."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from mixtral_jax.config import Execution
 from mixtral_jax.model.backends import grouped_gpu
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.feed_forward import SwiGLU
+from mixtral_jax.sharding.chips import computes_on_old_gpu
 
 _BLOCK = 256
 _WEIGHT_GRADIENT = jax.lax.RaggedDotDimensionNumbers(
@@ -69,7 +70,7 @@ def grouped_weight_gradient(x_MD: jax.Array, gradient_MF: jax.Array, sizes_E: ja
       sizes_E: int32, rows of each expert.
     """
     forms: dict[str, Any] = {"cpu": _weight_gradient_in_blocks, "default": _ragged_weight_gradient}
-    if grouped_gpu.suits(x_MD.dtype, x_MD.shape[1], gradient_MF.shape[1]):
+    if grouped_gpu.suits(x_MD.dtype, x_MD.shape[1], gradient_MF.shape[1]) and not computes_on_old_gpu():
         forms["cuda"] = grouped_gpu.weight_gradient
     gradient_EDF: jax.Array = jax.lax.platform_dependent(x_MD, gradient_MF, sizes_E, **forms)
     return gradient_EDF
@@ -83,7 +84,7 @@ def _product(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, dtype: str, 
         return lambda x, w, sizes: form(x, jnp.swapaxes(w, 1, 2) if transposed else w, sizes, dtype)
 
     forms = {"cpu": by(_product_in_blocks), "default": by(_ragged_dot)}
-    if grouped_gpu.suits(dtype, *w_EDF.shape[1:]):
+    if grouped_gpu.suits(dtype, *w_EDF.shape[1:]) and not computes_on_old_gpu():
         forms["cuda"] = on_gpu
     y_MF: jax.Array = jax.lax.platform_dependent(x_MD, w_EDF, sizes_E, **forms)
     return y_MF

@@ -144,3 +144,11 @@ class ShapeTest(chex.TestCase):
         z = self.variant(lambda *inputs: grouped_swiglu(*inputs, execution))(x, SwiGLU(enter, enter, leave), sizes)
         chex.assert_shape(z, (ROWS, DIM))
         chex.assert_type(z, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_an_old_gpu_has_no_kernels(monkeypatch, old):
+    monkeypatch.setattr(ragged, "computes_on_old_gpu", lambda: old)
+    x_MD, w_EDF, sizes_E = jnp.ones((256, 128)), jnp.ones((2, 128, 256)), jnp.array([100, 156])
+    program = jax.make_jaxpr(jax.grad(lambda x, w: jnp.sum(grouped_product(x, w, sizes_E, "bfloat16")), (0, 1)))
+    assert str(program(x_MD, w_EDF)).count("pallas_call[") == (0 if old else 3)
