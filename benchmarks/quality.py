@@ -83,6 +83,7 @@ def main() -> None:
         "int8 cache": lambda: from_source(source, arguments.dtype, cache_dtype="int8"),
         "int8": lambda: from_source(source, arguments.dtype, quantize="int8"),
         "int8, int8 cache": lambda: from_source(source, arguments.dtype, quantize="int8", cache_dtype="int8"),
+        "fp8": lambda: from_source(source, arguments.dtype, quantize="fp8"),
         "int4": lambda: from_source(source, arguments.dtype, quantize="int4"),
         "llama.cpp's Q8_0": lambda: from_source(Rounded(source, kinds.Q8_0), arguments.dtype),
         "llama.cpp's Q4_0": lambda: from_source(Rounded(source, kinds.Q4_0), arguments.dtype),

@@ -52,8 +52,8 @@ def load(
       dtype: of the matrices and of products' operands; products accumulate in float32. auto: bfloat16, but on a CPU
         or old GPU that has no units for products of bfloat16 float32 for the operands, and on a mesh of such for the
         matrices.
-      quantize: the layers' matrices and the unembedding as int8, a scale a channel, or as int4, a scale a group; each
-        tensor as it is read. None: as they are stored, where `convert --quantize` wrote them.
+      quantize: the layers' matrices and the unembedding as int8 or fp8, a scale a channel, or as int4, a scale a group;
+        each tensor as it is read. None: as they are stored, where `convert --quantize` wrote them.
       mesh: the devices to spread the weights over, with any of the axes `fsdp`, `expert` and `tensor`: heads lie over
         `tensor`, feed-forwards, experts and the vocabulary over all three. A tensor goes to its shards as it is read.
       cache_dtype: of the keys and values that are kept; None: `dtype`. int8 has a scale for each token and head.
@@ -84,7 +84,7 @@ def from_source(
       InputError: the tensors don't fit the config or are damaged, or the tokenizer has ids that the embedding has not.
     """
     if quantize not in (None, *get_args(Bits)):
-        raise InputError("quantize", quantize, f"{' or '.join(get_args(Bits))}, or nothing")
+        raise InputError("quantize", quantize, f"{', '.join(get_args(Bits))}, or nothing")
     if cache_dtype not in (None, *get_args(CacheDtype)):
         raise InputError("cache_dtype", cache_dtype, f"{', '.join(get_args(CacheDtype))}, or nothing")
     source.check()

@@ -15,13 +15,17 @@ import numpy as np
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.tensors import Tensor
 
-Bits = Literal["int8", "int4"]
+Bits = Literal["int8", "int4", "fp8"]
 GROUP = 32
 """Inputs that share a scale in int4, or fewer where that does not divide them."""
 
-_RANGE = {"int8": (-127, 127), "int4": (-8, 7)}
+_RANGE = {"int8": (-127, 127), "int4": (-8, 7), "fp8": (-448, 448)}
 _RATIOS = (1, 0.95, 0.9, 0.85, 0.8, 0.75)
-DTYPES: dict[Bits, np.dtype] = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
+DTYPES: dict[Bits, np.dtype] = {
+    "int8": np.dtype(np.int8),
+    "int4": np.dtype(ml_dtypes.int4),
+    "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 FLOAT32 = ("scale", "router", "bias")
 """Never in a shorter form, of floats neither: they are small, and decide by small differences."""
 
@@ -32,13 +36,13 @@ def is_quantized(tensor: Tensor) -> bool:
 
 
 def bits_of(dtype: np.dtype) -> Bits | None:
-    """What a type says of a tensor that is written: int8, int4, or None for a float."""
+    """What a type says of a tensor that is written; None for a longer float."""
     return next((bits for bits, each in DTYPES.items() if each == dtype), None)
 
 
 def scale_shape(tensor: Tensor, bits: Bits) -> tuple[int, ...]:
     """The shape of a tensor's scales: 1, or the number of groups, in a dimension that is summed over."""
-    if bits == "int8":
+    if bits != "int4":
         return tuple(1 if axis < tensor.inputs else size for axis, size in enumerate(tensor.shape))
     along = tensor.inputs - 1
     return tuple(groups(size) if axis == along else size for axis, size in enumerate(tensor.shape))
@@ -52,7 +56,7 @@ def groups(inputs: int) -> int:
 def nbytes(tensor: Tensor, bits: Bits) -> int:
     """The bytes of a tensor in so many bits, its scales among them; two numbers of int4 share a byte."""
     size = math.prod(tensor.shape)
-    return (size if bits == "int8" else -(-size // 2)) + 4 * math.prod(scale_shape(tensor, bits))
+    return (-(-size // 2) if bits == "int4" else size) + 4 * math.prod(scale_shape(tensor, bits))
 
 
 def quantize(weight: np.ndarray, tensor: Tensor, bits: Bits) -> Quantized:
@@ -67,16 +71,21 @@ def quantize(weight: np.ndarray, tensor: Tensor, bits: Bits) -> Quantized:
     split = [part for size, groups in zip(weight.shape, shape, strict=True) for part in (groups, size // groups)]
     grouped = weight.reshape(split)
     inside = tuple(range(1, len(split), 2))
-    scale = np.abs(grouped).max(axis=inside, keepdims=True) / 127 if bits == "int8" else _best_scale(grouped, inside)
-    values = _rounded(grouped, scale, bits).astype(np.int8).astype(DTYPES[bits])
+    if bits == "int4":
+        scale = _best_scale(grouped, inside)
+    else:
+        scale = np.abs(grouped).max(axis=inside, keepdims=True) / _RANGE[bits][1]
+    values = _rounded(grouped, scale, bits)
+    values = (values if bits == "fp8" else values.astype(np.int8)).astype(DTYPES[bits])
     return Quantized(values.reshape(weight.shape), scale.reshape(shape))
 
 
 def _rounded(grouped: np.ndarray, scale: np.ndarray, bits: Bits) -> np.ndarray:
-    """The nearest whole numbers, in float32."""
+    """The nearest values that there are, in float32."""
     least, most = _RANGE[bits]
     # A group of zeros has the scale 0, and any value does.
-    return np.clip(np.rint(grouped / np.where(scale == 0, 1, scale)), least, most)
+    values = np.clip(grouped / np.where(scale == 0, 1, scale), least, most)
+    return values.astype(DTYPES[bits]).astype(np.float32) if bits == "fp8" else np.rint(values)
 
 
 def _best_scale(grouped: np.ndarray, inside: tuple[int, ...]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from typing import get_args
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from mixtral_jax.inference.weights import assemble
 from mixtral_jax.model.backends.few_rows import ByOutput
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.tensors import Tensor, tensors
-from mixtral_jax.quantization import is_quantized, pack, quantize, scale_shape, unpack
+from mixtral_jax.quantization import DTYPES, Bits, is_quantized, pack, quantize, scale_shape, unpack
 
 PLAIN = Tensor(("layers", "feed_forward", "gate"), (0,), (128, 3), ("embed", "hidden"))
 
@@ -30,6 +31,15 @@ def test_in_int8_every_value_is_the_nearest(family):
         assert np.abs(found.values).max() == 127
         step = Quantized(np.ones_like(found.values), found.scale).dequantized()
         assert np.all(np.abs(found.dequantized() - weight) <= step * 0.5001)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_in_fp8_every_value_is_the_nearest(family):
+    """Of 16 a power of two, the largest of a channel 448: half a sixteenth, or half of what is smallest, 2 ** -9."""
+    for weight, found in _quantized(family, "fp8"):
+        assert np.abs(found.values.astype(np.float32)).max() == 448
+        step = np.maximum(np.abs(weight) / 16, np.broadcast_to(found.scale, weight.shape) * 2.0**-10)
+        assert np.all(np.abs(found.dequantized() - weight) <= step * 1.0001)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -49,7 +59,7 @@ def _quantized(family, bits):
     for tensor in filter(is_quantized, tensors(tiny.config(family, dim=96, head_dim=128, hidden_dim=192))):
         weight = rng.standard_normal(tensor.shape).astype(np.float32)
         found = quantize(weight, tensor, bits)
-        assert found.values.dtype == bits
+        assert found.values.dtype == DTYPES[bits]
         assert found.scale.shape == scale_shape(tensor, bits)
         yield weight, found
 
@@ -73,7 +83,7 @@ def test_one_large_value_costs_its_channel_or_its_group_alone():
 
 
 def test_zeros_stay_zeros():
-    for bits in ("int8", "int4"):
+    for bits in get_args(Bits):
         assert not np.any(quantize(np.zeros(PLAIN.shape), PLAIN, bits).dequantized())
 
 
@@ -85,7 +95,7 @@ def folder(request, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("bits", "error"), [("int8", 0.03), ("int4", 0.5)])
+@pytest.mark.parametrize(("bits", "error"), [("int8", 0.03), ("int4", 0.5), ("fp8", 0.15)])
 def test_a_quantised_model_computes_what_its_weights_stand_for(folder, bits, error):
     whole, quantised = mj.load(folder, dtype="float32"), mj.load(folder, dtype="float32", quantize=bits)
     tokens = tiny.tokens(whole.config, 2, 40)
@@ -112,7 +122,7 @@ def test_what_decides_and_what_is_looked_up_stay_as_they_are(folder):
         )
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("bits", get_args(Bits))
 def test_on_a_mesh(folder, bits):
     mesh = jax.make_mesh((2, 2), ("expert", "tensor"), devices=jax.devices()[:4])
     alone = mj.load(folder, dtype="float32", quantize=bits)
@@ -146,7 +156,7 @@ def test_an_int8_cache(folder, bits):
 def test_refuses(folder):
     with pytest.raises(mj.InputError, match="cache_dtype = 'int4': float32, bfloat16, int8, or nothing"):
         mj.load(folder, cache_dtype="int4")
-    with pytest.raises(mj.InputError, match="quantize = 'int2': int8 or int4, or nothing"):
+    with pytest.raises(mj.InputError, match="quantize = 'int2': int8, int4, fp8, or nothing"):
         mj.load(folder, quantize="int2")
 
 
@@ -164,7 +174,7 @@ def leaves(model):
     return {jax.tree_util.keystr(path): (leaf.dtype, np.asarray(leaf).tobytes()) for path, leaf in found}
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("bits", get_args(Bits))
 def test_what_convert_stores_loads_as_if_it_were_rounded_while_loading(folder, tmp_path, monkeypatch, bits):
     monkeypatch.setattr(native, "CHUNK_BYTES", 20_000)
     source = open_source(folder)
@@ -182,7 +192,7 @@ def test_what_convert_stores_loads_as_if_it_were_rounded_while_loading(folder, t
     plain = mj.load(tmp_path / "plain", dtype="float32")
     for found, expected in zip(jax.tree.leaves(plain.params), jax.tree.leaves(rounded.params), strict=True):
         np.testing.assert_array_equal(found, expected)
-    other = {"int8": "int4", "int4": "int8"}[bits]
+    other = {"int8": "int4", "int4": "fp8", "fp8": "int8"}[bits]
     with pytest.raises(mj.InputError, match=f"quantize = '{other}': .*out has its matrices in {bits} already; take"):
         mj.load(tmp_path / "out", quantize=other)
     with pytest.raises(mj.InputError, match=f"quantize = '{other}': .*out has its matrices in {bits} already; take"):
@@ -206,7 +216,7 @@ def test_damage_of_what_is_stored_rounded_is_found(folder, tmp_path, part):
         mj.load(tmp_path / "out")
     manifest["quantized"] = "int2"
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(mj.InputError, match=r"manifest.json: quantized = 'int2': int8 or int4, or nothing"):
+    with pytest.raises(mj.InputError, match=r"manifest.json: quantized = 'int2': int8, int4, fp8, or nothing"):
         mj.load(tmp_path / "out")
     del manifest["quantized"]
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
@@ -231,7 +241,7 @@ def large(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("bits", get_args(Bits))
 def test_few_tensors_are_in_memory_at_once_while_converting(large, tmp_path, monkeypatch, bits):
     largest = 128 * 512 * 4
     monkeypatch.setattr(native, "CHUNK_BYTES", largest)
@@ -243,17 +253,17 @@ def test_few_tensors_are_in_memory_at_once_while_converting(large, tmp_path, mon
     tracemalloc.stop()
     assert largest < peak < 8 * largest < 48 * largest / 4
     size = sum(path.stat().st_size for path in (tmp_path / "out" / "params").rglob("*") if path.is_file())
-    counted = sum(nbytes(each, np.dtype(bits) if is_quantized(each) else source.dtype(each)) for each in source.tensors)
+    counted = sum(nbytes(each, DTYPES[bits] if is_quantized(each) else source.dtype(each)) for each in source.tensors)
     assert size < counted * 1.1
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("bits", get_args(Bits))
 def test_loading_takes_the_rounded_size_and_a_few_tensors(large, bits, monkeypatch):
     """As arrays of numpy, whose memory tracemalloc sees; those of jax would lie beside it."""
     monkeypatch.setattr("mixtral_jax.inference.weights._on_devices", lambda array, *_: np.array(array))
     largest, source = 128 * 512 * 4, open_source(large)
-    kept = sum(nbytes(each, np.dtype(bits if is_quantized(each) else np.float32)) for each in source.tensors)
-    kept *= 1 if bits == "int8" else 2  # numpy has no half bytes
+    kept = sum(nbytes(each, DTYPES[bits] if is_quantized(each) else np.dtype(np.float32)) for each in source.tensors)
+    kept *= 2 if bits == "int4" else 1  # numpy has no half bytes
     tracemalloc.start()
     weights = assemble(source.read, source.config, Execution(), quantize_to=bits)
     peak = tracemalloc.get_traced_memory()[1]

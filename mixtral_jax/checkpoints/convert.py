@@ -40,7 +40,7 @@ class Writer(Protocol):
         """Whether the tensor is written."""
 
     def write(self, tensor: Tensor, array: Any) -> None:
-        """Takes the next tensor, in our layout: an array or, where it was announced as int8 or int4, Quantized."""
+        """Takes the next tensor, in our layout: an array or, where it was announced in fewer bits, Quantized."""
 
     def finish(self, tokenizer: Tokenizer | None) -> None:
         """Ends the folder: config, tokenizer and what else belongs to the tensors."""

@@ -5,8 +5,8 @@ manifest.json      every tensor: its chunk, dtype and SHA-256; written last
 tokenizer.model    or tokenizer.json, and what belongs to it
 params/00000/      an Orbax checkpoint of some tensors by name, as single tensors (`layers.3.moe.gate.7`) in our layout
 
-Of a model whose matrices are in int8 or int4 the manifest says so (`quantized`). Such a matrix has its scales beside
-it, as NAME.scales; one in int4 is bytes of two numbers each. Its digest is of both.
+Of a model whose matrices are in fewer bits the manifest says so (`quantized`). Such a matrix has its scales beside it,
+as NAME.scales; one in fp8 is bytes, one in int4 bytes of two numbers each. Its digest is of both.
 
 Orbax itself loads a flipped bit without a word, and can't write a tree that is never whole in memory.
 """
@@ -36,7 +36,7 @@ from mixtral_jax.config import ModelConfig, build, read_toml, to_table
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.tensors import Tensor
-from mixtral_jax.quantization import Bits, bits_of, is_quantized, pack, scale_shape, unpack
+from mixtral_jax.quantization import DTYPES, Bits, bits_of, is_quantized, pack, scale_shape, unpack
 from mixtral_jax.text.tokenizer import Tokenizer
 
 CONFIG = "config.toml"
@@ -72,9 +72,7 @@ class NativeSource(Source):
             raise InputError(f"{folder / MANIFEST}: version", manifest.get("version"), f"{VERSION}, with tensors")
         self._bits: Bits | None = manifest.get("quantized")
         if self._bits not in (None, *get_args(Bits)):
-            raise InputError(
-                f"{folder / MANIFEST}: quantized", self._bits, f"{' or '.join(get_args(Bits))}, or nothing"
-            )
+            raise InputError(f"{folder / MANIFEST}: quantized", self._bits, f"{', '.join(get_args(Bits))}, or nothing")
         if self._bits is not None:
             self.form += f" in {self._bits}"
         self._manifest: dict[str, dict[str, Any]] = manifest["tensors"]
@@ -128,8 +126,10 @@ class NativeSource(Source):
     def _quantized(self, tensor: Tensor) -> Quantized:
         assert self._bits is not None
         scales: _Part = f"{tensor.name}{SCALES}", scale_shape(tensor, self._bits), np.dtype(np.float32)
-        if self._bits == "int8":
-            return Quantized(*self._checked(tensor, [(tensor.name, tensor.shape, np.dtype(np.int8)), scales]))
+        if self._bits != "int4":
+            kind = np.dtype(np.int8 if self._bits == "int8" else np.uint8)
+            values, scale = self._checked(tensor, [(tensor.name, tensor.shape, kind), scales])
+            return Quantized(values.view(DTYPES[self._bits]), scale)
         pairs = (-(-math.prod(tensor.shape) // 2),)
         packed, scale = self._checked(tensor, [(tensor.name, pairs, np.dtype(np.uint8)), scales])
         return Quantized(unpack(packed, tensor.shape), scale)
@@ -220,7 +220,7 @@ class NativeWriter:
         record = {
             name: {
                 "chunk": chunk,
-                "dtype": (array.values if isinstance(array, Quantized) else array).dtype.name,
+                "dtype": bits_of(array.values.dtype) if isinstance(array, Quantized) else array.dtype.name,
                 "shape": list(array.shape),
                 "sha256": digest(*_as_stored(name, array).values()),
             }
@@ -250,5 +250,7 @@ def _as_stored(name: str, array: np.ndarray | Quantized) -> dict[str, np.ndarray
     """The arrays that a tensor is stored as."""
     if not isinstance(array, Quantized):
         return {name: array}
-    values = pack(array.values) if array.values.dtype == "int4" else array.values
+    values, bits = array.values, bits_of(array.values.dtype)
+    if bits != "int8":
+        values = pack(values) if bits == "int4" else values.view(np.uint8)
     return {name: values, f"{name}{SCALES}": array.scale}

@@ -23,7 +23,7 @@ from mixtral_jax.text.files import find_tokenizer, load_tokenizer
 from mixtral_jax.text.tokenizer import Tokenizer
 
 Announced = list[tuple[Tensor, np.dtype]]
-"""Tensors that are going to be written, and the type of each; int8 and int4 with their scales."""
+"""Tensors that are going to be written, and the type of each; in fewer bits with their scales."""
 
 
 class Source(abc.ABC):

@@ -22,7 +22,7 @@ def convert(
         typer.Option(help="Default: as stored, and float32 for what is quantised."),
     ] = None,
     quantize: Annotated[
-        Literal["int8", "int4"] | None,
+        Literal["int8", "int4", "fp8"] | None,
         typer.Option(help="Round the layers' matrices to so many bits, as `generate --quantize` does; --to native."),
     ] = None,
 ) -> None:

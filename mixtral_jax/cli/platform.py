@@ -18,7 +18,8 @@ Device: TypeAlias = Annotated[
 ]
 
 Quantize: TypeAlias = Annotated[
-    Literal["int8", "int4"] | None, typer.Option(help="Round the layers' matrices to so many bits as they are read.")
+    Literal["int8", "int4", "fp8"] | None,
+    typer.Option(help="Round the layers' matrices to so many bits as they are read."),
 ]
 
 Dtype: TypeAlias = Annotated[

@@ -113,7 +113,8 @@ def _put(
 
 
 def _lies_by_output(mesh: Mesh | None) -> bool:
-    """Whether matrices do, for `few_rows`; but those in int4 don't, which it would unpack in slow loops."""
+    """Whether matrices do, for `few_rows`; but those in int4 and fp8 don't, of which it would
+    make floats in slow loops."""
     return mesh is None and few_rows.are_for_this_host()
 
 

@@ -125,7 +125,7 @@ def _decoding_bytes(leaf: Leaf, job: Job) -> int:
     names = tuple(None if size == 1 else name for size, name in zip(scales, leaf.tensor.axes, strict=True))
     copies = math.prod(leaf.shape[: leaf.stacked])
     of_scales = _FLOAT * copies * math.prod(scales) // parts(names, DECODING, job.mesh)
-    return (local if job.quantize == "int8" else local // 2) + of_scales
+    return (local // 2 if job.quantize == "int4" else local) + of_scales
 
 
 @dataclass(frozen=True)

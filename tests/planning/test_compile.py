@@ -129,7 +129,7 @@ def _serving(axes, bits, kept, layers=2):
     return check(Job(model, MeshConfig(data=1, **axes), 8, 8192, execution, serve=True, quantize=bits))
 
 
-@pytest.mark.parametrize("bits", [None, "int8", "int4"])
+@pytest.mark.parametrize("bits", [None, "int8", "int4", "fp8"])
 def test_weights_are_laid_out_as_inference_lays_them(bits):
     job = replace(_job(serve=True, fsdp=2, expert=2, tensor=2), quantize=bits)
     mesh = make_mesh(job.mesh, jax.devices())

@@ -2,7 +2,8 @@
 
 int8 has a scale for each output channel, the same for all that is summed over, so a product takes the whole numbers
 and scales its result. int4 has a scale for each group of a channel's inputs, and is made weights of before the product.
-Both have no offset: weight = value * scale, with values from -127 to 127, or from -8 to 7.
+Both have no offset: weight = value * scale, with values from -127 to 127, or from -8 to 7. fp8 is as int8, but its
+values are floats of eight bits (e4m3fn, up to 448), which lie closer near zero and farther apart else.
 
 A cache in int8 has a scale for each token and head.
 """
@@ -24,7 +25,7 @@ class Quantized:
     """A matrix, or any weight; on the host or on a device."""
 
     values: Any
-    """An array of jax, or while it is on the host of numpy: int8 or int4, in the weight's own shape."""
+    """An array of jax, or while it is on the host of numpy: int8, int4 or float8_e4m3fn, in the weight's own shape."""
     scale: Any
     """float32, likewise; a dimension that is summed over is 1, or the number of groups along it."""
 
