@@ -60,8 +60,8 @@ def test_mixtral_is_served_by_one_card_in_int8_and_by_two_in_bfloat16(run):
 
 def test_an_int8_cache_makes_room_for_more_texts(run):
     serve = ("plan", "--serve", "--topology", "h100:1", "--quantize", "int8", "--mesh", "data=1", "--batch-per-chip")
-    assert run(*serve, "12")[0] == 2
-    status, out, _ = run(*serve, "12", "--cache-dtype", "int8")
+    assert run(*serve, "20")[0] == 2
+    status, out, _ = run(*serve, "20", "--cache-dtype", "int8")
     assert status == 0
     assert "weights in int8, cache in int8" in out
 
@@ -133,7 +133,7 @@ def test_a_shipped_plan(run):
         (("--topology", "h100:8", "--sequence", "65536"), "no mesh of these chips"),
         (("--topology", "h100:8", "--window", "0"), "--window = '0': a number of keys above zero, or none"),
         (("--topology", "h100:8", "--dropless", "--capacity-factor", "1"), "has no --capacity-factor"),
-        (("--topology", "h100:8", "--compile"), "jax_cuda12_plugin: is not installed"),
+        (("--topology", "h100:8", "--compile"), "jax-cuda12-plugin: is not installed"),
         (("--model", "mixtral-8x8b", "--topology", "h100:8"), "no such file"),
         (("pods/v5p-4x4x4", "--serve"), "leave those flags out"),
         ((*NATURAL, "--quantize", "int8"), "--quantize = 'int8': is for --serve"),
