@@ -15,6 +15,7 @@ from mixtral_jax.checkpoints import native
 from mixtral_jax.checkpoints.convert import convert
 from mixtral_jax.checkpoints.opening import open_source
 from mixtral_jax.checkpoints.source import nbytes
+from mixtral_jax.cli import platform
 from mixtral_jax.config import Execution, MoEConfig
 from mixtral_jax.inference.weights import assemble
 from mixtral_jax.model.backends.few_rows import ByOutput
@@ -270,3 +271,7 @@ def test_loading_takes_the_rounded_size_and_a_few_tensors(large, bits, monkeypat
     tracemalloc.stop()
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) <= kept
     assert peak < kept + 8 * largest < 48 * largest * 0.6
+
+
+def test_the_command_line_knows_them_all():
+    assert get_args(platform.Bits) == get_args(Bits)

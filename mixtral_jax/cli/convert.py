@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from mixtral_jax.cli import platform
 from mixtral_jax.cli.progress import bar, print_notes
 
 
@@ -22,7 +23,7 @@ def convert(
         typer.Option(help="Default: as stored, and float32 for what is quantised."),
     ] = None,
     quantize: Annotated[
-        Literal["int8", "int4", "fp8"] | None,
+        platform.Bits | None,
         typer.Option(help="Round the layers' matrices to so many bits, as `generate --quantize` does; --to native."),
     ] = None,
 ) -> None:

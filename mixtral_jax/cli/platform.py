@@ -17,8 +17,11 @@ Device: TypeAlias = Annotated[
     typer.Option(help="The devices to use; fails where there are none. By default the fastest kind that is there."),
 ]
 
+Bits: TypeAlias = Literal["int8", "int4", "fp8"]
+"""`quantization.Bits`, whose module takes long to import."""
+
 Quantize: TypeAlias = Annotated[
-    Literal["int8", "int4", "fp8"] | None,
+    Bits | None,
     typer.Option(help="Round the layers' matrices to so many bits as they are read."),
 ]
 

@@ -117,7 +117,7 @@ class _How(NamedTuple):
 
     dtype: Literal["bfloat16", "float32", "auto"]
     mesh: Mesh | None
-    quantize: Literal["int8", "int4", "fp8"] | None
+    quantize: platform.Bits | None
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None
 
 
