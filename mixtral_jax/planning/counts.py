@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixtral_jax.model.backends import flash, splash
-from mixtral_jax.model.backends.chunked import MOST_UNROLLED, SPANS
+from mixtral_jax.model.backends import chunked, flash, splash
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.planning.job import DTYPE_BYTES, AttentionKernel, Job
 from mixtral_jax.planning.memory import cache_bytes, decoding_weights, training_shards
 
-# Bytes of memory traffic that a score of attention causes where XLA computes it (written and read in float32, its
-# exponential in the product dtype), forward and backward; read off the passes in `backends/chunked.py`.
+# Bytes of memory traffic that a score of attention causes where XLA computes it: written and read in float32, and its
+# exponential in the product dtype. Backward, its cotangent too, and twice read in that dtype. Read off the passes in
+# `backends/chunked.py`.
 SCORE_BYTES_FORWARD = 12
-SCORE_BYTES_BACKWARD = 24
+SCORE_BYTES_BACKWARD = 26
 OPTIMIZER_PASSES = 7
 """Arrays as large as the weights that an update moves: weights and two moments read and written, gradients read."""
 
@@ -41,23 +41,8 @@ def attended_keys(length: int, before: int | None, total: int, window: int | Non
       before: keys before the first query; None where only running tells, and any key may be seen.
       total: keys.
     """
-    if length <= chunk * MOST_UNROLLED:
-        scores = 0
-        for start in range(0, length, chunk):
-            stop = min(start + chunk, length)
-            first = 0 if window is None or before is None else max(0, before + start - window + 1)
-            keys = total if before is None else before + stop - first
-            scores += (stop - start) * keys
-        return scores
-    spans = SPANS if before is not None and (window is None or window > length) else 1
-    span = -(-length // (chunk * spans)) * chunk
-    scores = 0
-    for start in range(0, length, span):
-        stop = min(start + span, length)
-        places = total if before is None else before + stop
-        keys = places if window is None else min(places, chunk + window - 1)
-        scores += -(-(stop - start) // chunk) * chunk * keys
-    return scores
+    runs = chunked.plan(length, total, before, window, chunk)
+    return sum(run.chunks * run.queries * run.keys for run in runs)
 
 
 def local_scores(job: Job) -> int:
@@ -109,12 +94,12 @@ def _projections(job: Job) -> Work:
 def _attention(job: Job, kernel: AttentionKernel) -> Work:
     model, remat = job.model, job.execution.remat != "none"
     # A pass is two products as large as the scores. Forward is one, and again where a layer is repeated. Backward, XLA
-    # does four products and those of the chunk again; kernels do seven, in two that both compute the scores anew.
-    passes = {"xla": 4.0, "splash": 4.5, "flash": 4.5, "ideal": 3.0}[kernel] + remat
+    # does five products, of which one are the scores anew; kernels do seven, in two that both compute them.
+    passes = {"xla": 3.5, "splash": 4.5, "flash": 4.5, "ideal": 3.0}[kernel] + remat
     heads = job.local_rows * model.num_heads // job.mesh.tensor
     scores, moved = local_scores(job) * heads, 0.0
     if kernel == "xla":
-        moved = scores * ((2 + remat) * SCORE_BYTES_FORWARD + SCORE_BYTES_BACKWARD)
+        moved = scores * ((1 + remat) * SCORE_BYTES_FORWARD + SCORE_BYTES_BACKWARD)
     elif kernel != "ideal":
         scores = block_scores(job, splash.BLOCKS if kernel == "splash" else (flash.LANES,)) * heads
     else:

@@ -10,7 +10,6 @@ from flax import linen as nn
 from oracles.compiler import needs_compiler
 
 from mixtral_jax.config import Dispatch, ModelConfig, MoEConfig
-from mixtral_jax.model.backends import chunked
 from mixtral_jax.model.flops import training_flops
 from mixtral_jax.planning import counts, traffic
 from mixtral_jax.planning.compile import compile_job, lower, training_program
@@ -128,18 +127,6 @@ def _unrolled_map(function, inputs):
     count = len(jax.tree.leaves(inputs)[0])
     results = [function(jax.tree.map(lambda x, index=index: x[index], inputs)) for index in range(count)]
     return jax.tree.map(lambda *parts: jax.numpy.stack(parts), *results)
-
-
-@pytest.mark.parametrize("window", [None, 5, 48, 500])
-@pytest.mark.parametrize("length", [32, 100, 640])
-def test_scores_are_those_of_the_chunked_backend(length, window):
-    """Its unrolled chunks, from its own plan."""
-    if length > 32 * chunked.MOST_UNROLLED:
-        return
-    keys = chunked.Keys(*[jax.ShapeDtypeStruct((1, length, 1, 1), "float32")] * 2)
-    spans = [chunked._span(start, min(start + 32, length), keys, window) for start in range(0, length, 32)]
-    expected = sum(queries * width for *_, (queries, width) in spans)
-    assert counts.attended_keys(length, 0, length, window, 32) == expected
 
 
 def test_scores_by_hand():

@@ -1,59 +1,91 @@
 """Attention for XLA, a chunk of queries at a time, so that T x T scores never exist.
 
 A chunk of c queries needs c + W - 1 keys at most. Few chunks are unrolled, each with just the keys that it sees (for a
-causal mask without a window that saves half the work); many are scanned, in a few spans, each chunk of a span over as
-many keys as its widest needs.
+causal mask without a window that saves half the work); many are looped over, in a few spans, each chunk of a span with
+as many keys as its widest needs. The backward pass keeps a number for each query and head, and computes scores again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.backends.products import einsum, weight_gradient
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.masks import visible
-from mixtral_jax.model.recompute import recomputed
 
 MOST_UNROLLED = 16
-"""Chunks of a sequence; where there are more, they are scanned."""
+"""Chunks of a sequence; where there are more, they are a loop."""
 MOST_SCORES = 1 << 28
 """Of a chunk of queries over a cache on a device, 1 GiB in float32; where there would be more, chunks are smaller."""
 SPANS = 4
-"""Scans of a sequence without a window."""
+"""Loops of a sequence without a window."""
 _MASKED = -1e30  # finite: a row that sees nothing yields the mean of the values, not NaN
 
 
 def attend(
     q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array, product_dtype: str
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of grouped queries over the keys that they see.
 
     Scores and softmax are float32, whatever the operands; scale H ** -0.5.
 
     Returns:
-      float32 [B, T, K, G, H].
+      float32 [B, T, K, G, H], and the log of each query's partition function, float32 [B, T, K, G].
     """
     scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", _scaled(q_BTKGH), k_BSKH, dtype=product_dtype)
-    weight_BKGTS, total_BKGT = _softmax(scores_BKGTS, visible_BTS[:, None, None])
+    weight_BKGTS, peak_BKGT, total_BKGT = _softmax(scores_BKGTS, visible_BTS[:, None, None])
     mixed_BTKGH = einsum("BKGTS,BSKH->BTKGH", weight_BKGTS, v_BSKH, dtype=product_dtype)
-    return mixed_BTKGH / jnp.transpose(total_BKGT, (0, 3, 1, 2))[..., None]
+    total_BTKG, peak_BTKG = (jnp.transpose(each, (0, 3, 1, 2)) for each in (total_BKGT, peak_BKGT))
+    return mixed_BTKGH / total_BTKG[..., None], peak_BTKG + jnp.log(total_BTKG)
+
+
+def _pull(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    visible_BTS: jax.Array,
+    log_z_BTKG: jax.Array,
+    mean_BTKG: jax.Array,
+    dy_BTKGH: jax.Array,
+    product_dtype: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The cotangents of queries, keys and values, float32, from that of what `attend` gives (Dao et al., 2022).
+
+    The weights are computed again, and what would be sums over scores is at hand. A query that sees nothing has no part
+    in it.
+
+    Args:
+      mean_BTKG: of the weights' cotangents, by the weights: the product of a query's result and its cotangent.
+    """
+    q_BTKGH = _scaled(q_BTKGH)
+    scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, dtype=product_dtype)
+    log_z_BKGT, mean_BKGT = (jnp.transpose(each, (0, 2, 3, 1)) for each in (log_z_BTKG, mean_BTKG))
+    weight_BKGTS = jnp.where(visible_BTS[:, None, None], jnp.exp(scores_BKGTS - log_z_BKGT[..., None]), 0)
+    dv_BSKH = weight_gradient("BKGTS,BTKGH->BSKH", weight_BKGTS, dy_BTKGH, dtype=product_dtype)
+    dweight_BKGTS = einsum("BTKGH,BSKH->BKGTS", dy_BTKGH, v_BSKH, dtype=product_dtype)
+    # Cast here, once, for the two products that take it.
+    dscores_BKGTS = (weight_BKGTS * (dweight_BKGTS - mean_BKGT[..., None])).astype(product_dtype)
+    dq_BTKGH = einsum("BKGTS,BSKH->BTKGH", dscores_BKGTS, k_BSKH, dtype=product_dtype)
+    dk_BSKH = weight_gradient("BKGTS,BTKGH->BSKH", dscores_BKGTS, q_BTKGH, dtype=product_dtype)
+    return _scaled(dq_BTKGH), dk_BSKH, dv_BSKH
 
 
 def _scaled(q: jax.Array) -> jax.Array:
     return q.astype(jnp.float32) * q.shape[-1] ** -0.5  # there are fewer queries than scores
 
 
-def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights along the last dimension, not normalised, and their sums."""
+def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weights along the last dimension, not normalised; the score whose weight is 1; and the weights' sums."""
     scores = jnp.where(visible, scores, _MASKED)
-    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weight = jnp.exp(scores - peak)
-    return weight, jnp.sum(weight, axis=-1)
+    peak = jnp.max(scores, axis=-1)
+    weight = jnp.exp(scores - peak[..., None])
+    return weight, peak, jnp.sum(weight, axis=-1)
 
 
 class Keys(NamedTuple):
@@ -89,95 +121,181 @@ def self_attention(
     Returns:
       float32 [B, T, K, G, H].
     """
-    length = q_BTKGH.shape[1]
-    take = partial(_chunk, q_BTKGH, keys, segment_BT, window, product_dtype)
-    if length <= chunk * MOST_UNROLLED:
-        spans = [_span(start, min(start + chunk, length), keys, window) for start in range(0, length, chunk)]
-        outputs: list[jax.Array] = []
-        for query, key, sizes in spans:
-            if outputs:
-                # Each after the one before, and so backward: left free, a compiler holds the scores of all at once.
-                q_BTKGH, outputs[-1] = jax.lax.optimization_barrier((q_BTKGH, outputs[-1]))
-            outputs.append(_chunk(q_BTKGH, keys, segment_BT, window, product_dtype, query, key, *sizes))
-        return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
-    # Without a window, later spans of queries have more keys to see: a scan's steps are all as wide as its last.
-    known = isinstance(keys.first_query, int)
-    spans_wanted = SPANS if known and (window is None or window > length) else 1
-    span = -(-length // (chunk * spans_wanted)) * chunk
-    scan = partial(_scanned, take, keys, window, chunk)
-    outputs = [scan(start, min(start + span, length)) for start in range(0, length, span)]
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+    first, segments = keys.first_query, None
+    if segment_BT is not None and keys.segment_BS is not None:
+        segments = segment_BT, keys.segment_BS
+    form = _Form(window, chunk, product_dtype, q_BTKGH.shape[1], first if isinstance(first, int) else None)
+    places = _Places(jnp.asarray(first), jnp.asarray(keys.absent), segments)
+    return _self_attention(form, q_BTKGH, keys.k_BSKH, keys.v_BSKH, places)
 
 
-def _scanned(take: Callable, keys: Keys, window: int | None, chunk: int, start: int, stop: int) -> jax.Array:
-    """Attention of the queries start..stop, at least a chunk of them, a chunk a step of a scan."""
-    num_places = keys.k_BSKH.shape[1]
-    if isinstance(keys.first_query, int):
-        num_places = keys.first_query + stop
-    num_keys = num_places if window is None else min(num_places, chunk + window - 1)
+@dataclass(frozen=True)
+class _Form:
+    """What is static in the attention of a sequence to itself."""
 
-    def step(_: None, query_start: jax.Array) -> tuple[None, jax.Array]:
-        # The last chunk may begin earlier than its turn, to end with the span; its early queries are cut off below.
-        query_start = jnp.minimum(query_start, stop - chunk)
-        last_key = keys.first_query + query_start + chunk
-        return None, take(query_start, jnp.clip(last_key - num_keys, 0, num_places - num_keys), chunk, num_keys)
-
-    _, outputs_XBTKGH = jax.lax.scan(step, None, jnp.arange(start, stop, chunk))
-    whole_XBTKGH, last_BTKGH = outputs_XBTKGH[:-1], outputs_XBTKGH[-1]
-    padding = (start - stop) % chunk
-    body_BTKGH = jnp.moveaxis(whole_XBTKGH, 0, 1).reshape(last_BTKGH.shape[0], -1, *last_BTKGH.shape[2:])
-    return jnp.concatenate([body_BTKGH, last_BTKGH[:, padding:]], axis=1)
+    window: int | None
+    chunk: int
+    product_dtype: str
+    length: int
+    """Of the queries."""
+    first_query: int | None
+    """As of Keys, where it is known when compiling."""
 
 
-def _span(start: int, stop: int, keys: Keys, window: int | None) -> tuple[int, int, tuple[int, int]]:
-    """The first query, the first key that one of the queries sees, and how many of each.
+class _Places(NamedTuple):
+    """Where queries and keys lie: `first_query` and `absent` of Keys, and the segments of both."""
 
-    Queries 4..7 with W = 3 see keys 2..7: (4, 2, (4, 6)). Those of a sequence whose place is not known may see any.
+    first_query: jax.Array
+    absent: jax.Array
+    segments: tuple[jax.Array, jax.Array] | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _self_attention(
+    form: _Form, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, places: _Places
+) -> jax.Array:
+    return _forward(form, q_BTKGH, k_BSKH, v_BSKH, places)[0]
+
+
+_Inputs: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, _Places]
+
+
+def _forward(
+    form: _Form, q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, places: _Places
+) -> tuple[jax.Array, tuple[_Inputs, jax.Array, jax.Array]]:
+    def take(piece: _Piece, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        # Results take the place of queries: an array of zeros for them, a compiler is free to make for all layers at
+        # once.
+        rows_BTKGH, log_z_BTKG = carry
+        seen_BTS = piece.visible(places, form.window)
+        operands = piece.queries(rows_BTKGH), piece.keys(k_BSKH), piece.keys(v_BSKH)
+        mixed_BTKGH, own_BTKG = attend(*operands, seen_BTS, form.product_dtype)
+        return piece.put(mixed_BTKGH, rows_BTKGH), piece.put(own_BTKG, log_z_BTKG)
+
+    rows_BTKGH = q_BTKGH.astype(jnp.float32)
+    carry = rows_BTKGH, rows_BTKGH[..., 0]
+    y_BTKGH, log_z_BTKG = _over_pieces(form, places, k_BSKH.shape[1], take, carry)
+    return y_BTKGH, ((q_BTKGH, k_BSKH, v_BSKH, places), y_BTKGH, log_z_BTKG)
+
+
+def _backward(form: _Form, saved: tuple[_Inputs, jax.Array, jax.Array], dy_BTKGH: jax.Array) -> tuple[Any, ...]:
+    # Not before the cotangent is there; and apart from what was computed before, which would else be kept.
+    saved, dy_BTKGH = jax.lax.optimization_barrier((saved, dy_BTKGH))
+    (q_BTKGH, k_BSKH, v_BSKH, places), y_BTKGH, log_z_BTKG = saved
+    mean_BTKG = jnp.sum(y_BTKGH * dy_BTKGH, axis=-1)
+
+    def take(piece: _Piece, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        # Queries are carried so that a chunk's scores wait for the chunk before it; cotangents become those of queries.
+        q_BTKGH, rows_BTKGH, dk_BSKH, dv_BSKH = carry
+        seen_BTS = piece.visible(places, form.window)
+        operands = piece.queries(q_BTKGH), piece.keys(k_BSKH), piece.keys(v_BSKH)
+        of_queries = (piece.queries(each) for each in (log_z_BTKG, mean_BTKG, rows_BTKGH))
+        dq_BTKGH, *more = _pull(*operands, seen_BTS, *of_queries, form.product_dtype)
+        sums = (piece.add(own, so_far) for own, so_far in zip(more, (dk_BSKH, dv_BSKH), strict=True))
+        return q_BTKGH, piece.put(dq_BTKGH, rows_BTKGH), *sums
+
+    zeros = (jnp.zeros(each.shape, jnp.float32) for each in (k_BSKH, v_BSKH))
+    _, *found = _over_pieces(form, places, k_BSKH.shape[1], take, (q_BTKGH, dy_BTKGH, *zeros))
+    operands = q_BTKGH, k_BSKH, v_BSKH
+    return *(own.astype(x.dtype) for own, x in zip(found, operands, strict=True)), None
+
+
+_self_attention.defvjp(_forward, _backward)
+
+
+class Run(NamedTuple):
+    """Chunks of queries one after another, which are of one size and given as many keys each."""
+
+    start: int
+    """The first query."""
+    chunks: int
+    queries: int
+    """Of a chunk."""
+    keys: int
+
+
+def plan(length: int, num_places: int, first_query: int | None, window: int | None, chunk: int) -> list[Run]:
+    """The runs of so many queries over so many places of keys; `first_query` as of Keys, None where only running tells.
+
+    A chunk is given as many keys as some chunk of its run may see. Few chunks are a run each; many are a loop of those
+    that are whole, and what is left. Without a window there are several loops, since each is as wide as its last chunk.
     """
-    if not isinstance(keys.first_query, int):
-        return start, 0, (stop - start, keys.k_BSKH.shape[1])
-    first_key = 0 if window is None else max(0, keys.first_query + start - window + 1)
-    return start, first_key, (stop - start, keys.first_query + stop - first_key)
+    known = first_query is not None
+    unrolled = length <= chunk * MOST_UNROLLED
+    spans = SPANS if known and (window is None or window > length) else 1
+    span = chunk if unrolled else -(-length // (chunk * spans)) * chunk
+    runs = []
+    for start in range(0, length, span):
+        stop = min(start + span, length)
+        whole = stop - (stop - start) % chunk
+        for first, last, queries in ((start, whole, chunk), (whole, stop, stop - whole)):
+            if first < last:
+                places = num_places if first_query is None else first_query + last
+                keys = places if window is None else min(places, queries + window - 1)
+                runs.append(Run(first, (last - first) // queries, queries, keys))
+    return runs
 
 
-def _chunk(
-    q_BTKGH: jax.Array,
-    keys: Keys,
-    segment_BT: jax.Array | None,
-    window: int | None,
-    product_dtype: str,
-    query_start: jax.Array | int,
-    key_start: jax.Array | int,
-    num_queries: int,
-    num_keys: int,
-) -> jax.Array:
-    # Kept for the backward pass, its scores would add up to T x T.
-    attend_to = recomputed(partial(_attend_chunk, window, product_dtype, num_queries, num_keys))
-    return attend_to(q_BTKGH, keys, segment_BT, query_start, key_start)
+class _Piece(NamedTuple):
+    """A chunk of queries, and the row of keys that it is given."""
+
+    query: jax.Array | int
+    """The first."""
+    key: jax.Array | int
+    """The first."""
+    num_queries: int
+    num_keys: int
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """The chunk's part of an array [B, T, ...]."""
+        return jax.lax.dynamic_slice_in_dim(x, self.query, self.num_queries, axis=1)
+
+    def keys(self, x: jax.Array) -> jax.Array:
+        """The keys' part of an array [B, S, ...]."""
+        return jax.lax.dynamic_slice_in_dim(x, self.key, self.num_keys, axis=1)
+
+    def put(self, own: jax.Array, x: jax.Array) -> jax.Array:
+        """x [B, T, ...], with `own` in the chunk's place."""
+        return jax.lax.dynamic_update_slice_in_dim(x, own, self.query, axis=1)
+
+    def add(self, own: jax.Array, x: jax.Array) -> jax.Array:
+        """x [B, S, ...], with `own` added in the keys' place."""
+        return jax.lax.dynamic_update_slice_in_dim(x, self.keys(x) + own, self.key, axis=1)
+
+    def visible(self, places: _Places, window: int | None) -> jax.Array:
+        """Which of the keys each of the queries sees, [B or 1, T, S]."""
+        query_T = places.first_query + self.query + jnp.arange(self.num_queries)
+        place_S = self.key + jnp.arange(self.num_keys)
+        position_S = jnp.where(place_S >= places.absent, place_S, -1)
+        if places.segments is None:
+            return visible(query_T, position_S, window)[None]
+        segment_BT, segment_BS = places.segments
+        return visible(query_T[None], position_S[None], window, self.queries(segment_BT), self.keys(segment_BS))
 
 
-def _attend_chunk(
-    window: int | None,
-    product_dtype: str,
-    num_queries: int,
-    num_keys: int,
-    q_BTKGH: jax.Array,
-    keys: Keys,
-    segment_BT: jax.Array | None,
-    query_start: jax.Array | int,
-    key_start: jax.Array | int,
-) -> jax.Array:
-    slice_queries = partial(jax.lax.dynamic_slice_in_dim, start_index=query_start, slice_size=num_queries, axis=1)
-    slice_keys = partial(jax.lax.dynamic_slice_in_dim, start_index=key_start, slice_size=num_keys, axis=1)
-    query_position_T = keys.first_query + query_start + jnp.arange(num_queries)
-    place_S = key_start + jnp.arange(num_keys)
-    key_position_S = jnp.where(place_S >= keys.absent, place_S, -1)
-    if segment_BT is None or keys.segment_BS is None:
-        visible_BTS = visible(query_position_T, key_position_S, window)[None]
-    else:
-        segments = slice_queries(segment_BT), slice_keys(keys.segment_BS)
-        visible_BTS = visible(query_position_T[None], key_position_S[None], window, *segments)
-    return attend(slice_queries(q_BTKGH), slice_keys(keys.k_BSKH), slice_keys(keys.v_BSKH), visible_BTS, product_dtype)
+_Carry = TypeVar("_Carry")
+
+
+def _over_pieces(
+    form: _Form, places: _Places, num_places: int, take: Callable[[_Piece, _Carry], _Carry], carry: _Carry
+) -> _Carry:
+    """carry = take(piece, carry) for one chunk of queries after another."""
+
+    def step(run: Run, query: jax.Array | int, carry: _Carry) -> _Carry:
+        if form.first_query is not None and isinstance(query, int):
+            key: jax.Array | int = max(0, form.first_query + query + run.queries - run.keys)
+        else:
+            key = jnp.clip(places.first_query + query + run.queries - run.keys, 0, num_places - run.keys)
+        return take(_Piece(query, key, run.queries, run.keys), carry)
+
+    for run in plan(form.length, num_places, form.first_query, form.window, form.chunk):
+        if run.chunks > 1:
+            chunk = partial(lambda run, number, carry: step(run, run.start + number * run.queries, carry), run)
+            carry = jax.lax.fori_loop(0, run.chunks, chunk, carry)
+        else:
+            # Each after the one before: left free, a compiler holds the scores of all at once.
+            carry = step(run, run.start, jax.lax.optimization_barrier(carry))
+    return carry
 
 
 def cached_attention(
@@ -236,7 +354,7 @@ def _attend_to_cache(
     q_BKMH = jnp.transpose(_scaled(q_BTKGH), (0, 2, 3, 1, 4)).reshape(batch, num_kv_heads, -1, head_dim)
     scores_BKMS = einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, dtype=product_dtype)
     scores_BKGTS = scores_BKMS.reshape(batch, num_kv_heads, num_groups, length, -1)
-    weight_BKGTS, total_BKGT = _softmax(scores_BKGTS, visible_BTS[:, None, None])
+    weight_BKGTS, _, total_BKGT = _softmax(scores_BKGTS, visible_BTS[:, None, None])
     mixed_BKMH = einsum("BKMS,BKSH->BKMH", weight_BKGTS.reshape(scores_BKMS.shape), v_BKSH, dtype=product_dtype)
     mixed_BKGTH = mixed_BKMH.reshape(*total_BKGT.shape, head_dim) / total_BKGT[..., None]
     return jnp.transpose(mixed_BKGTH, (0, 3, 1, 2, 4))

@@ -80,6 +80,12 @@ def einsum(
     return _product(plan, _as_varying(x, varying), _as_varying(w, varying))
 
 
+def weight_gradient(spec: str, x: jax.Array, dy: jax.Array, *, dtype: DTypeLike) -> jax.Array:
+    """`einsum`, float32 and without a gradient, of operands summed over leading dimensions, as a weight's gradient is
+    over tokens."""
+    return _contract_gradient(*_parse(spec), x.astype(dtype), dy.astype(dtype))
+
+
 def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Quantized, dtype: DTypeLike) -> Any:
     """The float32 product with a quantised right operand, multiplied in `dtype`, which has room for any of its values.
 

@@ -10,7 +10,7 @@ import pytest
 from oracles import attention as oracle
 
 from mixtral_jax.model.backends import chunked
-from mixtral_jax.model.backends.chunked import Keys, attend, cached_attention, self_attention
+from mixtral_jax.model.backends.chunked import Keys, attend, cached_attention, plan, self_attention
 from mixtral_jax.model.masks import visible
 
 HEADS = (2, 3, 8)  # K, G, H
@@ -87,13 +87,13 @@ def test_the_smallest(length, window):
 
 
 def test_a_query_that_sees_nothing_is_finite_and_has_no_gradient():
-    q, k, v, cotangent = _inputs(4)
-    seen_BTS = jnp.ones((2, 4, 4), bool).at[0, 2].set(False)
-    y, vjp = jax.vjp(lambda *qkv: attend(*qkv, seen_BTS, "float32"), q, k, v)
+    """Its own place holds nothing, nor do those before it."""
+    q, k, v, cotangent = _inputs(5)
+    y, vjp = jax.vjp(lambda q, k, v: self_attention(q, Keys(k, v, absent=2), None, None, 3, "float32"), q, k, v)
     d_q, *others = vjp(cotangent)
     chex.assert_tree_all_finite((y, d_q, others))
-    np.testing.assert_array_equal(d_q[0, 2], 0)
-    np.testing.assert_allclose(y[0, 2], jnp.broadcast_to(jnp.mean(v[0], 0)[:, None], y[0, 2].shape), atol=1e-6)
+    np.testing.assert_array_equal(d_q[:, :2], 0)
+    np.testing.assert_allclose(y[0, 0], jnp.broadcast_to(jnp.mean(v[0, :3], 0)[:, None], y[0, 0].shape), atol=1e-6)
 
 
 def test_large_scores_do_not_overflow():
@@ -139,8 +139,21 @@ def test_chunks_are_taken_one_after_another():
             cotangent
         )
 
-    pair = r"\w+:f32\[2,16,2,3,8\] \w+:f32\[2,4,2,3,8\] = optimization_barrier "  # queries, and a chunk's result
-    assert len(re.findall(pair, str(jax.make_jaxpr(gradients)(q, k, v, cotangent)))) == 2 * 3
+    jaxpr = str(jax.make_jaxpr(gradients)(q, k, v, cotangent))
+    queries, keys, one = (rf"\w+:f32\[2,16,{rest}\] " for rest in ("2,3,8", "2,8", "2,3"))
+    forward = queries + one.rstrip() + " = optimization_barrier"  # queries of which some are results
+    backward = queries * 2 + (keys * 2).rstrip() + " = optimization_barrier"
+    assert (len(re.findall(forward, jaxpr)), len(re.findall(backward, jaxpr))) == (4, 4)
+
+
+def test_runs_of_chunks_by_hand():
+    """Start, chunks, queries and keys of each."""
+    assert plan(5, 5, 0, None, 2) == [(0, 1, 2, 2), (2, 1, 2, 4), (4, 1, 1, 5)]
+    assert plan(5, 5, 0, 2, 2) == [(0, 1, 2, 2), (2, 1, 2, 3), (4, 1, 1, 2)]
+    assert plan(4, 9, 5, 3, 2) == [(0, 1, 2, 4), (2, 1, 2, 4)]  # after five keys
+    assert plan(4, 9, None, None, 2) == [(0, 1, 2, 9), (2, 1, 2, 9)]
+    assert plan(37, 37, 0, 6, 2) == [(0, 18, 2, 7), (36, 1, 1, 6)]
+    assert plan(37, 37, 0, None, 2) == [(0, 5, 2, 10), (10, 5, 2, 20), (20, 5, 2, 30), (30, 3, 2, 36), (36, 1, 1, 37)]
 
 
 @pytest.mark.parametrize(("window", "most"), [(1024, 0.1), (None, 0.25)])
@@ -149,7 +162,7 @@ def test_memory_of_a_training_step_is_far_below_dense(window, most):
     length = 8192
 
     def dense(q, k, v):
-        return attend(q, k, v, visible(jnp.arange(length), jnp.arange(length), window)[None], "float32")
+        return attend(q, k, v, visible(jnp.arange(length), jnp.arange(length), window)[None], "float32")[0]
 
     def chunked(q, k, v):
         return self_attention(q, Keys(k, v), None, window, 128, "float32")
@@ -169,7 +182,7 @@ class ShapeTest(chex.TestCase):
         seen_BTS = jnp.ones((2, 8, 8), bool)
         outputs = [
             self.variant(lambda q, k, v: self_attention(q, Keys(k, v), None, W, 4, "bfloat16"))(q, k, v),
-            self.variant(lambda *inputs: attend(*inputs, "bfloat16"))(q, k, v, seen_BTS),
+            self.variant(lambda *inputs: attend(*inputs, "bfloat16")[0])(q, k, v, seen_BTS),
             self.variant(lambda *inputs: cached_attention(*inputs, 4, "bfloat16"))(q, *_by_head(k, v), seen_BTS),
         ]
         chex.assert_shape(outputs, (2, 8, *HEADS))
