@@ -34,8 +34,8 @@ class LossConfig:
     """The router's input is multiplied by noise from 1 - jitter to 1 + jitter, in training alone."""
     bias_rate: float = 0.0
     """How far a step moves the selection bias of each expert towards an even load; needs `model.moe.selection_bias`."""
-    chunk: int = 64
-    """Tokens of each row whose logits exist at a time."""
+    chunk: int = 1024
+    """Tokens of a device whose logits exist at a time, about; of each row at least one."""
 
     @model_validator(mode="after")
     def check(self) -> LossConfig:
@@ -69,7 +69,7 @@ def cross_entropy(
     Args:
       target_BT: int32 in [0, V).
       weight_BT: float32; a token of weight 0 counts for nothing, whatever its target.
-      chunk: tokens of each row at a time.
+      chunk: tokens at a time, about, of all rows together.
       product_dtype: of the products' operands; logits and softmax are float32.
       parts: inside a shard_map, the mesh axes whose shards have a part of the vocabulary each. The loss is then the
         same on all of them, and the gradient by hidden_BTD is a shard's part of a sum.
@@ -159,14 +159,20 @@ def _hits(logits_BTV: jax.Array, target_BT: jax.Array, parts: tuple[str, ...]) -
     return first + jnp.arange(own, dtype=jnp.int32)[None, None] == target_BT[..., None]
 
 
+def chunks_of(rows: int, length: int, chunk: int) -> tuple[int, int]:
+    """How many chunks of about so many tokens there are of so many rows, and how many tokens of each row one has."""
+    count = -(-length // max(1, min(chunk // rows, length)))
+    return count, -(-length // count)
+
+
 def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """Each array [B, T, ...] as [T / chunk, B, chunk, ...], padded with zeros to a whole number of chunks."""
-    length = arrays_BT[0].shape[1]
-    chunk = min(chunk, length)
+    """Each array [B, T, ...] as X chunks [X, B, C, ...], padded with zeros to a whole number of them."""
+    rows, length = arrays_BT[0].shape[:2]
+    count, size = chunks_of(rows, length, chunk)
 
     def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, count, size, *x.shape[2:]), 1, 0)
 
     return tuple(split(x) for x in arrays_BT)
 

@@ -13,6 +13,7 @@ from mixtral_jax.model.backends import chunked, flash, splash
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.planning.job import DTYPE_BYTES, AttentionKernel, Job
 from mixtral_jax.planning.memory import cache_bytes, decoding_weights, training_shards
+from mixtral_jax.train.losses import chunks_of
 
 # Bytes of memory traffic that a score of attention causes where XLA computes it: written and read in float32, and its
 # exponential in the product dtype. Backward, its cotangent too, and twice read in that dtype. Read off the passes in
@@ -153,10 +154,10 @@ def _feed_forward(job: Job) -> Work:
 
 def _loss(job: Job) -> Work:
     model, vocab = job.model, job.model.vocab_size // job.mesh.tensor
-    chunk = min(job.loss_chunk, job.local_length)
-    tokens = job.local_rows * -(-job.local_length // chunk) * chunk
+    chunks, of_row = chunks_of(job.local_rows, job.local_length, job.loss_chunk)
+    tokens = job.local_rows * chunks * of_row
     moved = 3 * _product_bytes(job, tokens, model.dim, vocab) + 8 * tokens * vocab
-    moved += 8 * model.dim * vocab * (job.local_length // chunk)  # the gradient, added to at each chunk
+    moved += 8 * model.dim * vocab * chunks  # the gradient, added to at each chunk
     return Work("loss", 3 * 2 * model.dim * vocab * tokens * job.accumulation, moved * job.accumulation)
 
 

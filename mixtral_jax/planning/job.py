@@ -43,7 +43,7 @@ class Job:
     """Tokens of each; to serve, the most that a text grows to."""
     execution: Execution = EXECUTION
     dispatch: Dispatch = DROPLESS
-    loss_chunk: int = 64
+    loss_chunk: int = 1024
     accumulation: int = 1
     serve: bool = False
     quantize: Bits | None = None

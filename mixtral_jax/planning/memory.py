@@ -24,6 +24,7 @@ from mixtral_jax.quantization import is_quantized, scale_shape
 from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.mesh import MeshConfig
 from mixtral_jax.sharding.rules import DECODING, TRAINING, Rules
+from mixtral_jax.train.losses import chunks_of
 
 _FLOAT = 4
 UPDATE_COPIES = 2
@@ -238,7 +239,8 @@ def _loss(job: Job) -> float:
     """The unembedding, its gradient, the hidden states with theirs, and a chunk's logits."""
     model, vocab = job.model, job.model.vocab_size // job.mesh.tensor
     product, stream = DTYPE_BYTES[job.execution.product_dtype], DTYPE_BYTES[job.execution.activation_dtype]
-    logits = job.local_rows * min(job.loss_chunk, job.local_length) * vocab * 3 * _FLOAT
+    _, of_row = chunks_of(job.local_rows, job.local_length, job.loss_chunk)
+    logits = job.local_rows * of_row * vocab * 3 * _FLOAT
     return model.dim * vocab * (product + _FLOAT) + 2 * job.local_tokens * model.dim * stream + logits
 
 

@@ -72,7 +72,7 @@ def test_search(run):
     ranked = json.loads(out)
     assert status == 0
     assert len(ranked) == 10
-    assert ranked[0]["flags"] == "--mesh fsdp=8 --batch-per-chip 2 --remat none"
+    assert ranked[0]["flags"] == "--mesh fsdp=8 --batch-per-chip 1 --remat none"
     status, out, _ = run(*arguments)
     assert status == 0
     assert "by counts and the estimate" in out

@@ -114,7 +114,7 @@ def test_operations_on_a_tpu(model, remat):
     wide = replace(model, num_layers=2, dim=1024, hidden_dim=2048, num_heads=8, head_dim=128, vocab_size=4096)
     job = _job(wide, remat, rows=8, length=512, factor=1.25, **{"expert" if wide.moe else "fsdp": 4})
     execution = replace(EXECUTION, remat=remat)
-    job = replace(job, execution=execution, dispatch=Dispatch(capacity_factor=1.25), loss_chunk=512, platform="tpu")
+    job = replace(job, execution=execution, dispatch=Dispatch(capacity_factor=1.25), loss_chunk=8 * 512, platform="tpu")
     assert job.kernel == "splash"
     counted = sum(each.flops for each in counts.training_work(job) if each.name != "attention")
     mesh = make_mesh(job.mesh, devices(topology("v5p:2x2x1")))

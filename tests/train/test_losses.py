@@ -13,7 +13,7 @@ from mixtral_jax.config import build
 from mixtral_jax.errors import InputError
 from mixtral_jax.model.routing import Statistics
 from mixtral_jax.sharding.rules import TRAINING
-from mixtral_jax.train.losses import LossConfig, auxiliary, batch_cross_entropy, cross_entropy
+from mixtral_jax.train.losses import LossConfig, auxiliary, batch_cross_entropy, chunks_of, cross_entropy
 
 BATCH, LENGTH, DIM, VOCAB = 3, 10, 8, 20
 
@@ -40,7 +40,7 @@ def test_by_hand():
     np.testing.assert_allclose(loss, 2 * np.log(4), rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, LENGTH, 100])
+@pytest.mark.parametrize("chunk", [1, 3 * BATCH, LENGTH * BATCH, 1000])
 def test_equals_torch(chunk):
     """Value and gradients, times a cotangent; chunks that divide the length and that don't."""
     torch = pytest.importorskip("torch")
@@ -62,7 +62,7 @@ def test_equals_torch(chunk):
         np.testing.assert_allclose(actual, tensor.grad.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [3, 100])
+@pytest.mark.parametrize("chunk", [3 * BATCH, 1000])
 def test_value_without_a_gradient(chunk):
     loss = cross_entropy(*_inputs(), chunk, "float32")
     np.testing.assert_allclose(loss, _exact(*_inputs()), rtol=1e-6)
@@ -91,6 +91,14 @@ def test_bfloat16_is_close():
     np.testing.assert_allclose(close, loss, rtol=1e-2)
     for actual, expected in zip(close_gradients, gradients, strict=True):
         assert 1e-4 < np.linalg.norm(actual - expected) / np.linalg.norm(expected) < 2e-2
+
+
+def test_chunks_by_hand():
+    """Rows, tokens of each and of a chunk; then how many chunks, and how many tokens of a row each."""
+    assert chunks_of(1, 10, 4) == (3, 4)
+    assert chunks_of(2, 10, 16) == (2, 5)  # rather than 8 and 2
+    assert chunks_of(3, 10, 1000) == (1, 10)
+    assert chunks_of(8, 10, 4) == (10, 1)
 
 
 def test_memory_is_a_chunks():
