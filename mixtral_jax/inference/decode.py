@@ -14,7 +14,7 @@ from mixtral_jax.inference.sampling import Form, Values, sample
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.attention import Context
 from mixtral_jax.model.backends.products import einsum
-from mixtral_jax.model.cache import Cache, LayerCache, view
+from mixtral_jax.model.cache import Cache, LayerCache, empty_cache, view
 from mixtral_jax.model.norm import RMSNorm
 from mixtral_jax.model.rope import rotation
 from mixtral_jax.model.transformer import Block
@@ -155,6 +155,47 @@ class DecodeState(NamedTuple):
     """A random key a row; token n of a row is drawn with fold_in(key, n)."""
     seen_BV: jax.Array | None
     """bool, tokens of the text so far, for the repetition penalty."""
+
+
+def laid_out(cache: Cache) -> Cache:
+    """The cache laid out as programs take it and leave it: on a mesh, another layout would be another program's."""
+    layers = jax.tree.map(lambda each: constrain(each, CACHE_AXES, DECODING), cache.layers)
+    return Cache(layers, *replicated((cache.position_BR, cache.length_B)))
+
+
+def replicated(tree: Any) -> Any:
+    """Arrays that are whole on each device of the mesh, if there is one."""
+    return jax.tree.map(lambda each: constrain(each, (None,) * each.ndim, DECODING), tree)
+
+
+@partial(jax.jit, static_argnames=("batch", "slots", "max_new_tokens", "config", "execution"))
+def empty_state(
+    key: jax.Array,
+    seen_BV: jax.Array | None,
+    *,
+    batch: int,
+    slots: int,
+    max_new_tokens: int,
+    config: ModelConfig,
+    execution: Execution,
+) -> tuple[DecodeState, jax.Array]:
+    """A state of texts that have not begun, and the `last_BD` that their prefill begins with.
+
+    One program: array by array it would be many, and on a mesh each device would first hold the whole cache.
+
+    Args:
+      key: a random key; a row's own does not depend on how many rows there are.
+    """
+    state = DecodeState(
+        cache=laid_out(empty_cache(config, batch, slots, execution.kept_dtype)),
+        token_B=jnp.zeros((batch,), jnp.int32),
+        output_BM=jnp.zeros((batch, max_new_tokens), jnp.int32),
+        count_B=jnp.zeros((batch,), jnp.int32),
+        finished_B=jnp.zeros((batch,), bool),
+        key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)),
+        seen_BV=seen_BV,
+    )
+    return state, jnp.zeros((batch, config.dim), execution.activation_dtype)
 
 
 @program(static_argnames=("execution", "form", "stop_ids"), donate_argnames=("state",))

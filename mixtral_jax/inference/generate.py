@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.errors import InputError
-from mixtral_jax.inference.decode import CACHE_AXES, DecodeState, decode, first_token, prefill
+from mixtral_jax.inference.decode import DecodeState, decode, empty_state, first_token, prefill
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.weights import Prepared
-from mixtral_jax.model.cache import Cache, empty_cache, num_slots
-from mixtral_jax.sharding.mesh import current_mesh
-from mixtral_jax.sharding.rules import DECODING
+from mixtral_jax.model.cache import num_slots
 
 PREFILL_CHUNK = 512
 _SMALLEST_BUCKET = 16
@@ -58,24 +54,23 @@ def start(
     check_prompts(prompts, max_new_tokens, config)
     longest = max(len(prompt) for prompt in prompts)
     slots = num_slots(config, bucket(longest + max_new_tokens))
-    cache = _laid_out(empty_cache(config, len(prompts), slots, execution.kept_dtype))
-    last_BD = jnp.zeros((len(prompts), config.dim), execution.activation_dtype)
+    state, last_BD = empty_state(
+        jax.random.key(seed),
+        _seen(prompts, config.vocab_size) if sampling.form.penalised else None,
+        batch=len(prompts),
+        slots=slots,
+        max_new_tokens=max_new_tokens,
+        config=config,
+        execution=execution,
+    )
+    cache = state.cache
     for begin in range(0, longest, prefill_chunk):
         size = min(prefill_chunk, bucket(longest - begin))
         tokens_BT, real_BT = _chunk(prompts, begin, size)
         cache, last_BD = prefill(
             weights, cache, last_BD, tokens_BT, real_BT, config=config, execution=execution, fresh=begin == 0
         )
-    state = DecodeState(
-        cache=cache,
-        token_B=jnp.zeros((len(prompts),), jnp.int32),
-        output_BM=jnp.zeros((len(prompts), max_new_tokens), jnp.int32),
-        count_B=jnp.zeros((len(prompts),), jnp.int32),
-        finished_B=jnp.zeros((len(prompts),), bool),
-        # A row's own key: what it draws does not depend on how many rows there are.
-        key_B=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts))),
-        seen_BV=_seen(prompts, config.vocab_size) if sampling.form.penalised else None,
-    )
+    state = state._replace(cache=cache)
     return first_token(
         weights, state, last_BD, sampling.values, execution=execution, form=sampling.form, stop_ids=stop_ids
     )
@@ -104,9 +99,9 @@ def generate(
       InputError: an empty prompt, an id outside the vocabulary, or more tokens than the model has positions.
     """
     state = start(weights, prompts, max_new_tokens, sampling, seed, stop_ids, config, execution)
-    steps = jnp.int32(steps_a_call or max_new_tokens)
+    steps = np.int32(steps_a_call or max_new_tokens)
     yield state
-    while not bool(jnp.all(state.finished_B)):
+    while not jax.device_get(state.finished_B).all():
         state = decode(
             weights,
             state,
@@ -118,16 +113,6 @@ def generate(
             stop_ids=stop_ids,
         )
         yield state
-
-
-def _laid_out(cache: Cache) -> Cache:
-    """The cache laid out over the current mesh, as the programs leave it."""
-    if current_mesh() is None:
-        return cache
-    mesh = jax.sharding.get_mesh()
-    layers = jax.device_put(cache.layers, NamedSharding(mesh, DECODING.storage(CACHE_AXES)))
-    places = jax.device_put((cache.position_BR, cache.length_B), NamedSharding(mesh, PartitionSpec()))
-    return Cache(layers, *places)
 
 
 def outputs(state: DecodeState) -> list[list[int]]:
@@ -146,8 +131,8 @@ def _chunk(prompts: Sequence[Sequence[int]], begin: int, size: int) -> tuple[np.
     return tokens_BT, real_BT
 
 
-def _seen(prompts: Sequence[Sequence[int]], vocab_size: int) -> jax.Array:
+def _seen(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
     seen_BV = np.zeros((len(prompts), vocab_size), bool)
     for row, prompt in enumerate(prompts):
         seen_BV[row, list(prompt)] = True
-    return jnp.asarray(seen_BV)
+    return seen_BV

@@ -69,12 +69,13 @@ class Prefixes:
         return self._held[name]
 
 
+@partial(jax.jit, static_argnames=("num_blocks", "block"))
 def empty_pool(caches: tuple[Cache, ...], num_blocks: int, block: int) -> Pool:
-    """Blocks for what these caches hold."""
+    """Blocks for what these caches hold, laid out as `save` leaves them."""
 
     def blocks(ring: jax.Array) -> jax.Array:
         _, heads, _, head_dim = ring.shape
-        return jnp.zeros((num_blocks, heads, block, head_dim), ring.dtype)
+        return constrain(jnp.zeros((num_blocks, heads, block, head_dim), ring.dtype), CACHE_AXES, DECODING)
 
     return tuple(jax.tree.map(blocks, cache.layers) for cache in caches)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.inference.compiling import program
-from mixtral_jax.inference.decode import forward, unembed
+from mixtral_jax.inference.decode import forward, replicated, unembed
 from mixtral_jax.inference.proposals import Proposer
 from mixtral_jax.inference.sampling import EVERY_TOKEN, choose
 from mixtral_jax.inference.slots import (
@@ -25,7 +25,6 @@ from mixtral_jax.inference.slots import (
     active_values,
     keys,
     pinned,
-    replicated,
 )
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.cache import EMPTY, rewind

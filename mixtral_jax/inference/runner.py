@@ -20,7 +20,6 @@ from mixtral_jax.inference.sampling import EVERY_TOKEN, WORD
 from mixtral_jax.inference.slots import Chosen, Model, Slots, empty_settings, pinned
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.cache import empty_cache, num_slots
-from mixtral_jax.sharding.mesh import current_mesh
 
 MOST_STEPS = 8
 """Steps of a decode call."""
@@ -64,7 +63,7 @@ class Runner:
         self.vocab_size = model.config.vocab_size
         self.everything_BW = np.full((config.slots, -(-self.vocab_size // WORD)), EVERY_TOKEN)
         with self.on_mesh():
-            self._slots = self._empty_slots()
+            self._slots = jax.jit(self._empty_slots)()
             self._pool = empty_pool(self._slots.caches, config.prefix_blocks, config.prefill_chunk)
         self.ring = max(cache.num_slots for cache in self._slots.caches)
 
@@ -172,6 +171,7 @@ class Runner:
         self._slots = restore(self._pool, self._slots, np.int32(row), block_X, length)
 
     def _empty_slots(self) -> Slots:
+        """To be jitted: array by array, on a mesh each device would first hold the whole caches."""
         batch, guesses = self._config.slots, self._config.guesses
         caches = tuple(
             empty_cache(
@@ -191,7 +191,7 @@ class Runner:
             seen_BV=jnp.zeros((batch, self.vocab_size), bool),
             history_BN=jnp.full((batch, self.max_length), -1, jnp.int32),
         )
-        return slots if current_mesh() is None else jax.jit(pinned)(slots)
+        return pinned(slots)
 
 
 def _proposer(config: EngineConfig) -> Proposer:

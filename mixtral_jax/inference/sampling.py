@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,13 +61,16 @@ class SamplingConfig:
 
     @property
     def values(self) -> Values:
-        """The numbers, as arrays: other numbers of the same form don't compile anew."""
+        """The numbers, with dtypes: other numbers of the same form don't compile anew."""
+        # Of numpy: each array of jax would be a transfer of its own.
+        real: Any = np.float32
+        whole: Any = np.int32
         return Values(
-            repetition_penalty=jnp.float32(self.repetition_penalty),
-            temperature=jnp.float32(self.temperature),
-            top_p=jnp.float32(self.top_p),
-            min_p=jnp.float32(self.min_p),
-            top_k=jnp.int32(self.top_k),
+            repetition_penalty=real(self.repetition_penalty),
+            temperature=real(self.temperature),
+            top_p=real(self.top_p),
+            min_p=real(self.min_p),
+            top_k=whole(self.top_k),
         )
 
 

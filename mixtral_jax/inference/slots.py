@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import Execution, ModelConfig
-from mixtral_jax.inference.decode import CACHE_AXES
+from mixtral_jax.inference.decode import laid_out, replicated
 from mixtral_jax.inference.sampling import Values
 from mixtral_jax.model.cache import Cache
-from mixtral_jax.sharding.partition import constrain
-from mixtral_jax.sharding.rules import DECODING
 
 MOST_STOP_IDS = 16
 MOST_LOGPROBS = 20
@@ -99,17 +97,5 @@ def active_values(slots: Slots) -> Values:
 
 
 def pinned(slots: Slots) -> Slots:
-    """The slots laid out as programs take them: on a mesh, an output laid out otherwise would be another program's."""
-    caches = tuple(
-        Cache(
-            jax.tree.map(lambda x: constrain(x, CACHE_AXES, DECODING), cache.layers),
-            *replicated((cache.position_BR, cache.length_B)),
-        )
-        for cache in slots.caches
-    )
-    return Slots(caches, *replicated(slots[1:]))
-
-
-def replicated(tree: Any) -> Any:
-    """Arrays that are whole on each device of the mesh, if there is one."""
-    return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim, DECODING), tree)
+    """The slots laid out as programs take them and leave them; see `laid_out`."""
+    return Slots(tuple(map(laid_out, slots.caches)), *replicated(slots[1:]))

@@ -10,7 +10,8 @@ experts 0 and 1, shard 0's queue has 5 rows and shard 1's has 1; for R = 4:
     round 1     shard 0 serves     row 2 of shard 1                                 shard 1 serves     nothing
 
 Sizes and offsets are pure functions of how many rows each shard has for each expert, which all shards know. Rows move
-by `ragged_all_to_all`; where the platform has none, on CPU, by an `all_to_all` at the same sizes and offsets.
+by `ragged_all_to_all`; where there is none, on CPU and on large slices of v5e, by an `all_to_all` at the same sizes and
+offsets, which sends whole buffers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from mixtral_jax.sharding.chips import chip
+from mixtral_jax.sharding.mesh import current_mesh
 
 
 class Transfer(NamedTuple):
@@ -100,8 +104,18 @@ def transfer(x_MD: jax.Array, moves: Transfer, into_RD: jax.Array, axis: str) ->
     """`into` with the rows in it that come from the axis's shards; to be called on each of them."""
     ragged = partial(jax.lax.ragged_all_to_all, axis_name=axis)
     emulated = partial(_emulated, axis=axis)
-    result: jax.Array = jax.lax.platform_dependent(x_MD, into_RD, *moves, cpu=emulated, default=ragged)
+    elsewhere = ragged if _is_ragged() else emulated
+    result: jax.Array = jax.lax.platform_dependent(x_MD, into_RD, *moves, cpu=emulated, default=elsewhere)
     return result
+
+
+def _is_ragged() -> bool:
+    """Whether the current mesh's chips have a ragged all-to-all; those that are not known are taken to."""
+    mesh = current_mesh()
+    if mesh is None or mesh.abstract_device is None:
+        return True
+    found = chip(mesh.abstract_device)
+    return found is None or found.exchanges_ragged(mesh.size)
 
 
 def _emulated(

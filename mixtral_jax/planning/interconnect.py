@@ -11,6 +11,7 @@ gathering or a sum, the members of a node share what the node sends.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,6 +28,9 @@ _EXCHANGES = ("all-to-all", "ragged-all-to-all")
 def seconds(transfer: Transfer, machine: Topology, mesh: MeshConfig) -> float:
     """The time that a transfer takes if nothing else is on its wires."""
     assert machine.chip is not None
+    if transfer.kind == "ragged-all-to-all" and not machine.chip.exchanges_ragged(machine.num_chips):
+        # `model.exchange` sends a whole buffer to each.
+        transfer = replace(transfer, kind="all-to-all", bytes=transfer.bytes * transfer.group_size)
     wiring, network = machine.chip.wiring, machine.chip.network_bandwidth
     if isinstance(wiring, Switched):
         return _switched(transfer, wiring, network, members_of_node(transfer, mesh, machine.island))

@@ -56,6 +56,15 @@ def test_a_step_for_tpu(factor, kind):
 
 
 @needs_compiler
+def test_dropless_on_a_large_slice_of_v5e():
+    """Its compiler refuses a ragged all-to-all; one of whole buffers takes its place."""
+    job = replace(_job(fsdp=2, expert=4), rows=32, mesh=MeshConfig(data=1, fsdp=8, expert=4))
+    (compiled,) = compile_job(check(job), topology("v5e:4x8"))
+    kinds = {each.kind for each in compiled.collectives if each.bytes > 1024 and each.axes == ("expert",)}
+    assert kinds == {"all-to-all"}
+
+
+@needs_compiler
 @pytest.mark.parametrize("factor", [None, 1.25], ids=["dropless", "capacity"])
 @pytest.mark.parametrize("axes", [{"expert": 4, "fsdp": 2}, {"expert": 2, "context": 4}], ids=str)
 def test_what_a_step_for_tpu_moves(axes, factor):

@@ -103,6 +103,14 @@ def test_links_of_a_torus():
     assert seconds(line, topology("v6e:8x8"), MeshConfig(data=1, fsdp=64)) == pytest.approx(63 / 200)
 
 
+def test_an_exchange_of_whole_buffers():
+    """What v5e sends beyond 16 chips, where it has no ragged all-to-all, is a buffer to each of the four."""
+    small, large = topology("v5e:4x4"), topology("v5e:8x8")
+    exchange = Transfer("", "ragged-all-to-all", ("expert",), 4, GB, False)
+    assert seconds(exchange, small, MeshConfig(data=1, fsdp=4, expert=4)) == pytest.approx(0.5 / 50)
+    assert seconds(exchange, large, MeshConfig(data=1, fsdp=16, expert=4)) == pytest.approx(4 * 1 / 50)
+
+
 def test_links_between_slices():
     machine, mesh = topology("2xv5p:4x4x4"), MeshConfig(data=2, fsdp=64)
     across = Transfer("", "all-reduce", ("data",), 2, 6.25 * GB, True)

@@ -188,9 +188,9 @@ def _backward(form: _Form, saved: tuple[_Inputs, jax.Array, jax.Array], dy_BTKGH
         # Queries are carried so that a chunk's scores wait for the chunk before it; cotangents become those of queries.
         q_BTKGH, rows_BTKGH, dk_BSKH, dv_BSKH = carry
         seen_BTS = piece.visible(places, form.window)
-        operands = piece.queries(q_BTKGH), piece.keys(k_BSKH), piece.keys(v_BSKH)
-        of_queries = (piece.queries(each) for each in (log_z_BTKG, mean_BTKG, rows_BTKGH))
-        dq_BTKGH, *more = _pull(*operands, seen_BTS, *of_queries, form.product_dtype)
+        own_q, own_log_z, own_mean, own_dy = map(piece.queries, (q_BTKGH, log_z_BTKG, mean_BTKG, rows_BTKGH))
+        operands = own_q, piece.keys(k_BSKH), piece.keys(v_BSKH), seen_BTS
+        dq_BTKGH, *more = _pull(*operands, own_log_z, own_mean, own_dy, form.product_dtype)
         sums = (piece.add(own, so_far) for own, so_far in zip(more, (dk_BSKH, dv_BSKH), strict=True))
         return q_BTKGH, piece.put(dq_BTKGH, rows_BTKGH), *sums
 
