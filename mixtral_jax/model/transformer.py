@@ -35,6 +35,7 @@ from mixtral_jax.sharding.rules import TRAINING, Rules
 EMBEDDING_AXES: Names = ("vocab", "embed")
 UNEMBEDDING_AXES: Names = ("embed", "vocab")
 
+_MOST_UNROLLED = 8
 _REMAT_POLICIES = {
     # Kept, the gathered weights of all layers would be the whole model on each device.
     "none": keep_all_but_gathered,
@@ -108,12 +109,20 @@ class Transformer(nn.Module):
             split_rngs={"params": True, "jitter": True},
             in_axes=nn.broadcast,
             length=config.num_layers,
+            unroll=self._layers_at_once(),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, self.execution, self.dispatch, self.rules, self.router)
         self.norm = RMSNorm(config.norm_eps)
         if not config.tie_embeddings:
             shape = (config.dim, config.vocab_size)
             self.unembedding_DV = stored_weight(self, "unembedding", shape, UNEMBEDDING_AXES)
+
+    def _layers_at_once(self) -> int:
+        """Layers of a turn of the scan. A loop copies what its backward pass keeps of each layer, which costs a CPU a
+        tenth of a step; without one, repeated work would be shared with the first pass."""
+        few = self.config.num_layers <= _MOST_UNROLLED
+        keeps_all = self.execution.remat == "none" and current_mesh() is None
+        return self.config.num_layers if few and keeps_all and jax.default_backend() == "cpu" else 1
 
     def __call__(
         self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None, position_BT: jax.Array | None = None
