@@ -60,8 +60,8 @@ _GIB = 2**30
 # (v5e 400, v5p 1,200, v6e 800, v7x 1,200 GB/s; v4 2,400 Gbit/s one way); a link one way is that over four or six links
 # and two ways. Their network, same pages: v5p 50 Gbit/s a chip, v5e 6.4 and v6e 25.6 Tbit/s a pod of 256; v4 and v7x,
 # which name none, are taken to be as v5p. GPUs: NVIDIA's data sheets of NVLink (900 GB/s both ways on H100 and H200,
-# 600 on A100) and of DGX systems, which have one 400 (A100: 200) Gbit/s InfiniBand card a GPU. That slices of v5e beyond
-# 4 x 4 have no ragged all-to-all is what libtpu 0.0.42 says, "not supported in limited ICI routing settings".
+# 600 on A100) and of DGX systems, which have one 400 (A100: 200) Gbit/s InfiniBand card a GPU. Ragged exchanges: libtpu
+# 0.0.42 refuses them on slices of v5e beyond 4 x 4, "not supported in limited ICI routing settings".
 _V4 = Chip("v4", 275e12, 32e9, 1228e9, Torus(3, 50e9, 4), 6.25e9)
 _V5E = Chip("v5e", 197e12, 16e9, 819e9, Torus(2, 50e9, 16), 3.125e9, most_ragged=16)
 _V5P = Chip("v5p", 459e12, 95 * _GIB, 2765e9, Torus(3, 100e9, 4), 6.25e9)
