@@ -108,3 +108,9 @@ def current_mesh() -> AbstractMesh | None:
     """The mesh that jax.set_mesh made current, or None on a single device or without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def platform() -> str:
+    """Jax's name of what programs are compiled for: the current mesh's, of any size, else the default device's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else str(device.platform)

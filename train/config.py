@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "mesh",
     "execution",
     "guard",
+    "losses.chunk",
     "optimizer.learning_rate",
     "optimizer.final_fraction",
     "data.cache_dir",

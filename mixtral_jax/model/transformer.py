@@ -21,7 +21,7 @@ from mixtral_jax.model.parameters import stored_weight
 from mixtral_jax.model.rope import rotation
 from mixtral_jax.model.routing import Statistics
 from mixtral_jax.sharding.axes import Names
-from mixtral_jax.sharding.mesh import current_mesh
+from mixtral_jax.sharding.mesh import current_mesh, platform
 from mixtral_jax.sharding.partition import (
     constrain,
     gather_weight,
@@ -35,7 +35,8 @@ from mixtral_jax.sharding.rules import TRAINING, Rules
 EMBEDDING_AXES: Names = ("vocab", "embed")
 UNEMBEDDING_AXES: Names = ("embed", "vocab")
 
-_MOST_UNROLLED = 8
+_MOST_UNROLLED = 4
+"""Layers; they take as long to compile as so many times one."""
 _REMAT_POLICIES = {
     # Kept, the gathered weights of all layers would be the whole model on each device.
     "none": keep_all_but_gathered,
@@ -118,11 +119,13 @@ class Transformer(nn.Module):
             self.unembedding_DV = stored_weight(self, "unembedding", shape, UNEMBEDDING_AXES)
 
     def _layers_at_once(self) -> int:
-        """Layers of a turn of the scan. A loop copies what its backward pass keeps of each layer, which costs a CPU a
-        tenth of a step; without one, repeated work would be shared with the first pass."""
-        few = self.config.num_layers <= _MOST_UNROLLED
-        keeps_all = self.execution.remat == "none" and current_mesh() is None
-        return self.config.num_layers if few and keeps_all and jax.default_backend() == "cpu" else 1
+        """Layers of a turn of the scan: all, if few, in training on one CPU, where the copies that a loop makes of what
+        its backward pass keeps are a tenth of a step. A layer that is repeated needs the loop: without it the compiler
+        would share the work with the first pass."""
+        count = self.config.num_layers
+        if self.is_initializing() or self.execution.remat != "none" or current_mesh() is not None:
+            return 1
+        return count if count <= _MOST_UNROLLED and platform() == "cpu" else 1
 
     def __call__(
         self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None, position_BT: jax.Array | None = None

@@ -29,7 +29,7 @@ def seconds(transfer: Transfer, machine: Topology, mesh: MeshConfig) -> float:
     """The time that a transfer takes if nothing else is on its wires."""
     assert machine.chip is not None
     if transfer.kind == "ragged-all-to-all" and not machine.chip.exchanges_ragged(machine.num_chips):
-        # `model.exchange` sends a whole buffer to each.
+        # `model.exchange` sends a whole buffer to each; with several rounds, its results more than once.
         transfer = replace(transfer, kind="all-to-all", bytes=transfer.bytes * transfer.group_size)
     wiring, network = machine.chip.wiring, machine.chip.network_bandwidth
     if isinstance(wiring, Switched):

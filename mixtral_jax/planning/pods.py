@@ -108,7 +108,8 @@ def _of_file(file: str) -> list[Pod]:
 
 
 def run_sections(job: Job) -> dict[str, Any]:
-    """What a run's config takes from a plan: `mesh`, `execution`, `dispatch`, `accumulation` and two keys of `data`."""
+    """What a run's config takes from a plan: `mesh`, `execution`, `dispatch`, `accumulation`, the chunk of the losses,
+    and two keys of `data`."""
     execution = job.execution
     sections: dict[str, Any] = {
         "accumulation": job.accumulation,

@@ -99,8 +99,16 @@ def candidates(wanted: Wanted, machine: Topology) -> Iterator[Job]:
     """Jobs whose sizes divide."""
     for mesh in [wanted.mesh] if wanted.mesh else meshes(wanted, machine):
         for job in _of_mesh(wanted, mesh, machine):
-            if not problems(job):
+            if not problems(job) and (wanted.mesh or not _sends_whole_buffers(job, machine)):
                 yield job
+
+
+def _sends_whole_buffers(job: Job, machine: Topology) -> bool:
+    """Whether dropless rows have to travel without a ragged all-to-all, which is slow, and whose buffers aren't
+    counted."""
+    if job.serve or job.mesh.expert == 1 or job.dispatch.capacity_factor is not None or machine.chip is None:
+        return False
+    return not machine.chip.exchanges_ragged(machine.num_chips)
 
 
 def meshes(wanted: Wanted, machine: Topology) -> list[MeshConfig]:

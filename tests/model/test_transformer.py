@@ -12,6 +12,7 @@ from flax import linen as nn
 from oracles import tiny
 
 from mixtral_jax.config import Dispatch, Execution, MoEConfig
+from mixtral_jax.model import transformer
 from mixtral_jax.model.attention import Context
 from mixtral_jax.model.norm import rms_normalize
 from mixtral_jax.model.rope import rotation
@@ -121,12 +122,17 @@ def _by_loop(config, params, tokens_BT, dispatch):
 
 
 @pytest.mark.parametrize(("family", "dispatch"), [("mistral", Dispatch()), ("mixtral", Dispatch(capacity_factor=0.75))])
-def test_scan_equals_a_loop_over_layers(family, dispatch):
+def test_scan_equals_a_loop_over_layers(family, dispatch, monkeypatch):
+    """Unrolled, as few layers are on a CPU, and not."""
     config = tiny.config(family, num_layers=3)
     params, tokens = jax.tree.map(jnp.asarray, tiny.params(config)), tiny.tokens(config, BATCH, LENGTH)
     looped = jax.jit(jax.value_and_grad(lambda p: _by_loop(config, p, tokens, dispatch)))(params)
-    scanned = jax.jit(jax.value_and_grad(lambda p: _objective(config, p, tokens, dispatch=dispatch)))(params)
-    chex.assert_trees_all_close(scanned, looped, rtol=1e-4, atol=1e-6)
+    for most_unrolled in (3, 2):
+        monkeypatch.setattr(transformer, "_MOST_UNROLLED", most_unrolled)
+        _apply.clear_cache()
+        objective = jax.value_and_grad(lambda p: _objective(config, p, tokens, dispatch=dispatch))
+        assert ("while" in jax.jit(objective).lower(params).as_text()) == (most_unrolled < 3)
+        chex.assert_trees_all_close(jax.jit(objective)(params), looped, rtol=1e-4, atol=1e-6)
 
 
 def test_remat_changes_nothing():

@@ -105,6 +105,7 @@ def test_all_that_does_not_divide_is_told_at_once(toy_config):
 def test_only_some_keys_may_change_on_resume(toy_config):
     before = config.load(toy_config)
     config.check_resumable(before, config.load(toy_config, ["steps=9", "mesh.data=8", "optimizer.learning_rate=1e-3"]))
+    config.check_resumable(before, config.load(toy_config, ["losses.chunk=64"]))
     with pytest.raises(InputError, match=r"losses.balance was 0.02, is 0.1; model.dim was 16, is 24"):
         config.check_resumable(before, config.load(toy_config, ["model.dim=24", "losses.balance=0.1"]))
 

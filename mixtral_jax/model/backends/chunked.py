@@ -2,7 +2,8 @@
 
 A chunk of c queries needs c + W - 1 keys at most. Few chunks are unrolled, each with just the keys that it sees (for a
 causal mask without a window that saves half the work); many are looped over, in a few spans, each chunk of a span with
-as many keys as its widest needs. The backward pass keeps a number for each query and head, and computes scores again.
+as many keys as its widest needs. The backward pass keeps the result and a number for each query and head, and computes
+scores again.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def _backward(form: _Form, saved: tuple[_Inputs, jax.Array, jax.Array], dy_BTKGH
         sums = (piece.add(own, so_far) for own, so_far in zip(more, (dk_BSKH, dv_BSKH), strict=True))
         return q_BTKGH, piece.put(dq_BTKGH, rows_BTKGH), *sums
 
-    zeros = (jnp.zeros(each.shape, jnp.float32) for each in (k_BSKH, v_BSKH))
+    zeros = (jnp.zeros_like(each, jnp.float32) for each in (k_BSKH, v_BSKH))
     _, *found = _over_pieces(form, places, k_BSKH.shape[1], take, (q_BTKGH, dy_BTKGH, *zeros))
     operands = q_BTKGH, k_BSKH, v_BSKH
     return *(own.astype(x.dtype) for own, x in zip(found, operands, strict=True)), None
