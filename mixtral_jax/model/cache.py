@@ -10,6 +10,9 @@ those are still there. The bytes don't depend on how long the text is.
 
 A head's slots lie together, [B, K, R, H], as attention reads them: laid out by tokens, compilers for GPUs make another
 cache by heads before a loop over tokens, and copy it back after.
+
+On a CPU numbers in bfloat16 are kept as their bits, in uint16: to write one token, XLA:CPU would make float32 of the
+whole cache, and bfloat16 of that.
 """
 
 from __future__ import annotations
@@ -25,12 +28,15 @@ from jax.typing import DTypeLike
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.backends.quantized import Quantized, in_int8
 from mixtral_jax.model.masks import visible
+from mixtral_jax.sharding.mesh import platform
 
 EMPTY = -1
+_BITS = jnp.dtype(jnp.uint16)
+"""Of numbers in bfloat16."""
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, in a float dtype or in int8 with scales: every leaf is [B, K, R, H or 1]."""
+    """One layer's keys and values, in a float dtype, its bits, or int8 with scales: each leaf is [B, K, R, H or 1]."""
 
     k_BKRH: jax.Array | Quantized
     v_BKRH: jax.Array | Quantized
@@ -76,11 +82,12 @@ def num_slots(config: ModelConfig, max_length: int, written_at_once: int = 1) ->
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: str) -> Cache:
-    """A cache that holds nothing; in int8 with a scale for each token and head."""
+    """A cache that holds nothing, for the platform compiled for; in int8 with a scale for each token and head."""
     shape = (batch, config.num_kv_heads, slots, config.head_dim)
+    as_bits = dtype == "bfloat16" and platform() == "cpu"
 
     def empty() -> jax.Array | Quantized:
-        whole = jnp.zeros(shape, dtype)
+        whole = jnp.zeros(shape, _BITS if as_bits else dtype)
         return Quantized(whole, jnp.zeros((*shape[:-1], 1), jnp.float32)) if dtype == "int8" else whole
 
     layers = tuple(LayerCache(empty(), empty()) for _ in range(config.num_layers))
@@ -156,7 +163,14 @@ class _Chunk(NamedTuple):
 def _in_form(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array) -> _Chunk:
     if isinstance(layer.k_BKRH, Quantized):
         return _Chunk(in_int8(k_BTKH), in_int8(v_BTKH))
+    if layer.k_BKRH.dtype == _BITS:
+        return _Chunk(*(jax.lax.bitcast_convert_type(each.astype(jnp.bfloat16), _BITS) for each in (k_BTKH, v_BTKH)))
     return _Chunk(k_BTKH.astype(layer.k_BKRH.dtype), v_BTKH.astype(layer.k_BKRH.dtype))
+
+
+def _numbers(kept: jax.Array) -> jax.Array:
+    """Numbers, or those whose bits these are."""
+    return jax.lax.bitcast_convert_type(kept, jnp.bfloat16) if kept.dtype == _BITS else kept
 
 
 def _write(layer: LayerCache, chunk: _Chunk, view: View) -> LayerCache:
@@ -191,19 +205,19 @@ def _select(ring_BKR1: jax.Array, new_BTK1: jax.Array, slot_BT: jax.Array) -> ja
 def advance(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, view: View) -> tuple[LayerCache, Any, Any]:
     """Stores a chunk, and gives the keys and values that `view.visible_BTS` speaks of.
 
-    Where the ring was empty, these are the chunk's own, arrays [B, T, K, H]; else they have the cache's form, and are
-    [B, K, S, H]. Either way a token sees keys and values as they are kept, its own too, so that it makes no difference
-    how a text was divided into chunks.
+    Where the ring was empty, these are the chunk's own, arrays [B, T, K, H]; else they are in the cache's form, of bits
+    the numbers, and [B, K, S, H]. Either way a token sees keys and values as they are kept, its own too, so that it
+    makes no difference how a text was divided into chunks.
     """
     chunk = _in_form(layer, k_BTKH, v_BTKH)
     stored = _write(layer, chunk, view)
     if view.visible_BTS is None:
         return stored, _as_array(chunk.k_BTKH, k_BTKH.dtype), _as_array(chunk.v_BTKH, v_BTKH.dtype)
     if not view.chunk_is_apart:
-        return stored, *jax.tree.map(lambda ring: _rows(ring, view.row_B), stored)
+        return stored, *jax.tree.map(lambda ring: _numbers(_rows(ring, view.row_B)), stored)
 
     def behind(ring: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.concatenate([_rows(ring, view.row_B), jnp.swapaxes(new, 1, 2)], axis=2)
+        return _numbers(jnp.concatenate([_rows(ring, view.row_B), jnp.swapaxes(new, 1, 2)], axis=2))
 
     # Storing first would lose the keys that the chunk's early tokens still see.
     keys, values = (jax.tree.map(behind, ring, new) for ring, new in zip(layer, chunk, strict=True))
@@ -211,4 +225,4 @@ def advance(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, view: View)
 
 
 def _as_array(kept: jax.Array | Quantized, dtype: DTypeLike) -> jax.Array:
-    return kept.dequantized(dtype) if isinstance(kept, Quantized) else kept.astype(dtype)
+    return kept.dequantized(dtype) if isinstance(kept, Quantized) else _numbers(kept).astype(dtype)

@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 
 from mixtral_jax.config import Execution, ModelConfig
-from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.backends.products import einsum, einsums
 from mixtral_jax.model.parameters import weight
 from mixtral_jax.model.recompute import recomputed
 from mixtral_jax.sharding.rules import Rules
@@ -26,11 +26,9 @@ def swiglu(x: jax.Array, weights: SwiGLU, execution: Execution) -> jax.Array:
     """The feed-forward of x [B, T, D], or of each expert's slots x [E, C, D]; in the activation dtype."""
     enter, leave = ("ECD,EDF->ECF", "ECF,EFD->ECD") if weights.gate.ndim == 3 else ("BTD,DF->BTF", "BTF,FD->BTD")
     x = x.astype(execution.product_dtype)
-    gate = einsum(enter, x, weights.gate, dtype=execution.product_dtype, result_dtype=execution.activation_dtype)
-    up = einsum(enter, x, weights.up, dtype=execution.product_dtype, result_dtype=execution.activation_dtype)
-    return einsum(
-        leave, _gated(gate, up), weights.down, dtype=execution.product_dtype, result_dtype=execution.activation_dtype
-    )
+    dtypes = {"dtype": execution.product_dtype, "result_dtype": execution.activation_dtype}
+    gate, up = einsums(enter, x, (weights.gate, weights.up), **dtypes)
+    return einsum(leave, _gated(gate, up), weights.down, **dtypes)
 
 
 @recomputed

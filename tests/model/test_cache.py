@@ -170,6 +170,40 @@ def test_in_int8_a_token_of_zeros_stays_one():
     assert np.abs(cache.layers[0].v_BKRH.values[:, :, 0]).max() == 127
 
 
+@pytest.mark.parametrize("chunk", [1, 7, LENGTH])
+def test_bits_are_kept_as_the_numbers_would_be(chunk, monkeypatch):
+    """A cache in bfloat16 as CPUs keep it, and as others do: the same to the bit, and what is seen is in bfloat16."""
+    q, k, v = _text(1)
+    bits = _empty(_slots(W, 3), dtype="bfloat16")
+    monkeypatch.setattr(c, "platform", lambda: "tpu")
+    numbers = _empty(_slots(W, 3), dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(bits.layers)} == {jnp.dtype("uint16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(numbers.layers)} == {jnp.dtype("bfloat16")}
+    for start in range(0, LENGTH, chunk):
+        parts = [x[:, start : start + chunk] for x in (q, k, v)]
+        real = jnp.ones(parts[0].shape[:2], bool)
+        y, numbers, _ = _advance(numbers, real, *parts, W, start == 0)
+        y_bits, bits, _ = _advance(bits, real, *parts, W, start == 0)
+        np.testing.assert_array_equal(y_bits, y)
+        for own, expected in zip(jax.tree.leaves(bits.layers), jax.tree.leaves(numbers.layers), strict=True):
+            np.testing.assert_array_equal(own, np.asarray(expected).view(np.uint16))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_on_a_cpu_nothing_as_large_as_the_cache_is_made_in_float32(chunk):
+    """XLA would write all of a cache in bfloat16 anew for each token."""
+    cache = c.empty_cache(tiny.config("mistral", num_layers=1), 3, 64, "bfloat16")
+    new = jnp.ones((3, chunk, K, H))
+
+    def write(cache, new):
+        view, cache, _ = c.view(cache, jnp.ones((3, chunk), bool), W)
+        return cache._replace(layers=(c.store(cache.layers[0], new, new, view.slot_BT),))
+
+    compiled = jax.jit(write, donate_argnums=0).lower(cache, new).compile().as_text()
+    assert f"[3,{K},64,{H}]" in compiled
+    assert f"f32[3,{K},64,{H}]" not in compiled
+
+
 class ShapeTest(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_int8(self):
@@ -192,7 +226,7 @@ class ShapeTest(chex.TestCase):
         cache = self.variant(lambda: c.empty_cache(config, 3, W, "bfloat16"))()
         assert cache.num_slots == W
         chex.assert_shape(jax.tree.leaves(cache.layers), (3, K, W, H))
-        chex.assert_type(jax.tree.leaves(cache.layers), jnp.bfloat16)
+        chex.assert_type(jax.tree.leaves(cache.layers), jnp.uint16)  # the bits of them, on a CPU
         chex.assert_shape([cache.position_BR, cache.length_B], [(3, W), (3,)])
         new = jnp.zeros((3, 5, K, H))
 
@@ -205,5 +239,6 @@ class ShapeTest(chex.TestCase):
         chex.assert_shape([slot, position, seen], [(3, 5), (3, 5), (3, 5, W + 5)])
         chex.assert_type([slot, position, seen], [int, int, bool])
         chex.assert_shape([keys, values], (3, K, W + 5, H))
+        chex.assert_type([keys, values], jnp.bfloat16)
         chex.assert_trees_all_equal_shapes_and_dtypes(cache, moved)
         chex.assert_trees_all_equal_shapes_and_dtypes(cache.layers[0], stored, advanced)

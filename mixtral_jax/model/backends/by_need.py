@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import Execution
-from mixtral_jax.model.backends.few_rows import ByOutput
+from mixtral_jax.model.backends.few_rows import ByOutput, is_wide
 from mixtral_jax.model.dispatch import combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 
@@ -57,12 +57,14 @@ def by_need(
 def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...]) -> int | None:
     """Rows that an expert takes at a time on a CPU, of so many choices in all; None where it does as elsewhere.
 
-    By measurement, see docs/performance.md. `few_rows` is at its best with four, for float32 only where there are no
-    more. A float32 matrix that lies as it is XLA:CPU reads for one row three times as fast as for several. Of other
-    kinds nothing of the sort is known.
+    By measurement, see docs/performance.md. `few_rows` is at its best with three, with four where reading the matrix is
+    what costs; for float32 only where there are no more. A float32 matrix that lies as it is XLA:CPU reads for one row
+    three times as fast as for several. Of other kinds nothing of the sort is known.
     """
-    if isinstance(experts[0].gate, ByOutput):
-        block, most = 4, (4 if experts[0].gate.values.dtype == jnp.float32 else 16)
+    gate = experts[0].gate
+    if isinstance(gate, ByOutput):
+        block = 4 if is_wide(4, gate.shape[0]) else 3
+        most = 4 if gate.values.dtype == jnp.float32 else 16
     elif all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(experts)):
         block, most = 1, 4
     else:

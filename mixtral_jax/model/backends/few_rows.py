@@ -10,6 +10,7 @@ in programs compiled with OPTIONS. In others the same loop takes four times as l
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -24,10 +25,12 @@ from mixtral_jax.sharding.chips import has_amx
 OPTIONS = {"xla_cpu_enable_fast_math": True}
 """The compiler's. Infinities, NaN, divisions and functions stay as they are: XLA has a flag for each."""
 
-_SIDE_BY_SIDE = 4
-"""Sums that one loop is at its best with, though up to twice as many are still faster than a product of XLA's."""
+_SIDE_BY_SIDE, _SIDE_BY_SIDE_OF_WIDE = 4, 16
+"""Sums that one loop is at its best with: a wide row is read again, for as many outputs as are made at a time."""
 _IN_FIRST_CACHE = 4096
 """Numbers of x that leave room there for what is read of w."""
+_MOST_PARTS = 8
+"""Streams that are read at a time; of 16 the processors that were measured lose track."""
 _MOST_FROM_THE_RIGHT = 64
 
 
@@ -76,30 +79,50 @@ def by_output(weight: Any, inputs: int) -> ByOutput:
 
 
 def are_few(rows: int, matrix: ByOutput) -> bool:
-    """Whether `product` is the fastest for so many."""
+    """Whether `products` is the fastest for so many."""
     if matrix.values.dtype != jnp.float32:
         return rows <= 2 * _SIDE_BY_SIDE
     # To write the product's transpose costs as much as is won where the matrix has few inputs.
     return rows <= min(_MOST_FROM_THE_RIGHT, math.prod(matrix.shape[: matrix.inputs]) // 8)
 
 
-def product(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
-    """x times the transpose of w, float32 [M, N]. Sums are in float32, and a row's don't depend on the other rows."""
+def is_wide(rows: int, inputs: int) -> bool:
+    """Whether so many rows are read from beyond the first cache, for each output."""
+    return rows * inputs > _IN_FIRST_CACHE
+
+
+def products(x_MK: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
+    """x times the transpose of each w_NK, all of one shape and dtype: float32 [M, N].
+
+    Sums are in float32, and a row's don't depend on the other rows.
+    """
     # The barrier keeps the cast of w from being done once for all turns of a loop around it, which would write it and
     # read it at twice the bytes.
-    x_MK, w_NK = lax.optimization_barrier((x_MK.astype(jnp.float32), w_NK))
+    x_MK, *matrices = lax.optimization_barrier((x_MK.astype(jnp.float32), *matrices))
     rows, inputs = x_MK.shape
-    in_a_loop = rows <= _SIDE_BY_SIDE or (rows <= 2 * _SIDE_BY_SIDE and rows * inputs <= _IN_FIRST_CACHE)
-    if w_NK.dtype == jnp.float32 and not in_a_loop:
-        return _from_the_right(x_MK, w_NK)
-    x_MK, w_NK = _made_once(x_MK), w_NK.astype(jnp.float32)
-    if rows > 1:
-        return _side_by_side([(x_K, w_NK) for x_K in x_MK])
-    parts = jnp.split(w_NK, math.gcd(w_NK.shape[0], _SIDE_BY_SIDE))
-    if len(parts) > 1:
-        return _side_by_side([(x_MK[0], part) for part in parts]).reshape(1, -1)
-    # Twice the same: XLA would take one sum for a product and make a slow one of it.
-    return jnp.max(_side_by_side([(x_MK[0], w_NK)] * 2), axis=0, keepdims=True)
+    in_a_loop = rows <= _SIDE_BY_SIDE or (rows <= 2 * _SIDE_BY_SIDE and not is_wide(rows, inputs))
+    if matrices[0].dtype == jnp.float32 and not in_a_loop:
+        return [_from_the_right(x_MK, w_NK) for w_NK in matrices]
+    x_MK = _made_once(x_MK)
+    at_its_best = _SIDE_BY_SIDE_OF_WIDE if is_wide(rows, inputs) else _SIDE_BY_SIDE
+    at_once = max(1, 2 * at_its_best // rows)
+    loops = [matrices[start : start + at_once] for start in range(0, len(matrices), at_once)]
+    return [
+        y_MN for loop in loops for y_MN in _in_a_loop(x_MK, [w_NK.astype(jnp.float32) for w_NK in loop], at_its_best)
+    ]
+
+
+def _in_a_loop(x_MK: jax.Array, matrices: list[jax.Array], at_its_best: int) -> list[jax.Array]:
+    """One loop that makes about so many sums at a time, of parts of the matrices by their outputs."""
+    count, rows, outputs = len(matrices), x_MK.shape[0], matrices[0].shape[0]
+    wanted = -(-at_its_best // (count * rows))
+    parts = math.gcd(outputs, min(_MOST_PARTS, 1 << (wanted - 1).bit_length()))
+    pairs = [(x_K, part) for w_NK in matrices for part in jnp.split(w_NK, parts) for x_K in x_MK]
+    if len(pairs) == 1:
+        # Twice the same: XLA would take one sum for a product and make a slow one of it.
+        return [jnp.max(_side_by_side(pairs * 2), axis=0, keepdims=True)]
+    y_WPMN = _side_by_side(pairs).reshape(count, parts, rows, -1)
+    return list(jnp.swapaxes(y_WPMN, 1, 2).reshape(count, rows, outputs))
 
 
 def _from_the_right(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:

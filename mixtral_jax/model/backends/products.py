@@ -72,12 +72,29 @@ def einsum(
     if isinstance(w, Quantized):
         return _quantized_product(x_dims, w_dims, y_dims, x, w, dtype).astype(result_dtype)
     if isinstance(w, ByOutput):
-        return _product_by_output(x_dims, w.as_it_lies(w_dims), y_dims, x.astype(dtype), w).astype(result_dtype)
+        (y,) = _products_by_output(x_dims, w_dims, y_dims, x.astype(dtype), [w])
+        return y.astype(result_dtype)
     plan = _Plan(x_dims, w_dims, y_dims, jnp.dtype(dtype), jnp.dtype(result_dtype), x.dtype, w.dtype)
     # In shard_map, a weight that is equal on all devices meets tokens that are not. Its gradient is summed over the
     # devices where it becomes varying, which is here: inside a custom VJP nothing would do it.
     varying = _varying_axes(x) | _varying_axes(w)
     return _product(plan, _as_varying(x, varying), _as_varying(w, varying))
+
+
+def einsums(
+    spec: str,
+    x: jax.Array,
+    weights: Sequence[jax.Array | Quantized | ByOutput],
+    *,
+    dtype: DTypeLike,
+    result_dtype: DTypeLike | None = None,
+) -> list[jax.Array]:
+    """`einsum` of x with each of several weights of one shape; those that lie by output share a loop over few rows."""
+    lying = [w for w in weights if isinstance(w, ByOutput)]
+    if len(lying) < len(weights) or len({w.values.dtype for w in lying}) > 1:
+        return [einsum(spec, x, w, dtype=dtype, result_dtype=result_dtype) for w in weights]
+    result_dtype = jnp.float32 if result_dtype is None else result_dtype
+    return [y.astype(result_dtype) for y in _products_by_output(*_parse(spec), x.astype(dtype), lying)]
 
 
 def weight_gradient(spec: str, x: jax.Array, dy: jax.Array, *, dtype: DTypeLike) -> jax.Array:
@@ -101,18 +118,24 @@ def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Q
     return _contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.dequantized(dtype))
 
 
-def _product_by_output(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: ByOutput) -> jax.Array:
-    """The float32 product with a matrix that lies as `w_dims`, and may be held in fewer bits than x is."""
-    inputs, outputs = w_dims[-w.inputs :], w_dims[: -w.inputs]
-    is_plain = x_dims.endswith(inputs) and y_dims == x_dims[: -w.inputs] + outputs
-    rows = math.prod(x.shape[: -w.inputs])
-    if is_plain and w.values.dtype.itemsize <= x.dtype.itemsize and few_rows.are_few(rows, w):
-        size = math.prod(x.shape[-w.inputs :])
-        y_MN = few_rows.product(x.reshape(rows, size), w.values.reshape(-1, size))
-        y = y_MN.reshape(*x.shape[: -w.inputs], *w.shape[w.inputs :])
+def _products_by_output(
+    x_dims: str, w_dims: str, y_dims: str, x: jax.Array, matrices: Sequence[ByOutput]
+) -> list[jax.Array]:
+    """The float32 products with matrices of one shape and dtype, which may be held in fewer bits than x is."""
+    first = matrices[0]
+    w_dims = first.as_it_lies(w_dims)
+    inputs, outputs = w_dims[-first.inputs :], w_dims[: -first.inputs]
+    is_plain = x_dims.endswith(inputs) and y_dims == x_dims[: -first.inputs] + outputs
+    rows = math.prod(x.shape[: -first.inputs])
+    if is_plain and first.values.dtype.itemsize <= x.dtype.itemsize and few_rows.are_few(rows, first):
+        size = math.prod(x.shape[-first.inputs :])
+        found = few_rows.products(x.reshape(rows, size), [w.values.reshape(-1, size) for w in matrices])
+        results = [y_MN.reshape(*x.shape[: -first.inputs], *first.shape[first.inputs :]) for y_MN in found]
     else:
-        y = _contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype))
-    return y if w.scale is None else y * _along(y_dims, outputs, w.scale)
+        results = [_contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype)) for w in matrices]
+    return [
+        y if w.scale is None else y * _along(y_dims, outputs, w.scale) for y, w in zip(results, matrices, strict=True)
+    ]
 
 
 def _along(dims: str, w_dims: str, scale: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.model.backends.few_rows import OPTIONS, by_output
-from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.backends.products import einsum, einsums
 from mixtral_jax.model.backends.quantized import Quantized
 
 
@@ -25,6 +25,7 @@ def _operands(x_shape, w_shape, dtype):
         ("BTD,DF->BTF", (24,), (24, 12), 1),
         ("BTD,DF->BTF", (23,), (23, 9), 1),  # outputs that can't be divided
         ("BTD,DF->BTF", (320,), (320, 10), 1),  # inputs enough for 40 rows to be few in float32
+        ("BTD,DF->BTF", (2100,), (2100, 24), 1),  # wide rows
         ("BTD,DNH->BTNH", (24,), (24, 3, 4), 1),
         ("BTNH,NHD->BTD", (6, 4), (6, 4, 5), 2),
     ],
@@ -33,7 +34,27 @@ def test_equals_float64(spec, x_shape, w_shape, inputs, rows, held, options):
     x, w = _operands((rows, 1, *x_shape), w_shape, held)
     multiply = jax.jit(lambda x, w: einsum(spec, x, w, dtype="float32"), compiler_options=options)
     expected = np.einsum(spec, np.asarray(x, np.float64), np.asarray(w, np.float64))
-    np.testing.assert_allclose(multiply(x, by_output(w, inputs)), expected, rtol=1e-6, atol=5e-5)
+    summed = np.prod(w_shape[:inputs])
+    np.testing.assert_allclose(multiply(x, by_output(w, inputs)), expected, rtol=1e-6, atol=max(5e-5, 1e-7 * summed))
+
+
+@pytest.mark.parametrize("held", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 12), (23, 9), (2100, 12)])
+def test_several_matrices_are_multiplied_as_each_alone(inputs, outputs, rows, held):
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((rows, 1, inputs)), jnp.float32)
+    if held == "int8":
+        scales = rng.uniform(0.001, 0.02, (3, 1, outputs)).astype(np.float32)
+        stored = [Quantized(rng.integers(-127, 128, (inputs, outputs)).astype(np.int8), scale) for scale in scales]
+        weights = [w.values.astype(np.float64) * w.scale for w in stored]
+    else:
+        stored = list(jnp.asarray(rng.standard_normal((3, inputs, outputs)), held))
+        weights = [np.asarray(w, np.float64) for w in stored]
+    lying = [jax.tree.map(jnp.asarray, by_output(w, 1)) for w in stored]
+    multiply = jax.jit(lambda x, ws: einsums("BTD,DF->BTF", x, ws, dtype="float32"), compiler_options=OPTIONS)
+    for found, w in zip(multiply(x, lying), weights, strict=True):
+        np.testing.assert_allclose(found, np.einsum("BTD,DF->BTF", np.asarray(x, np.float64), w), rtol=1e-6, atol=2e-4)
 
 
 @pytest.mark.parametrize("options", [None, OPTIONS], ids=["in-order", "reordered"])
@@ -91,6 +112,16 @@ def test_the_matrix_is_read_once_and_in_its_own_bits():
     x, w = _operands((8, 1, 64), (64, 32), "bfloat16")
     multiply = jax.jit(lambda x, w: einsum("BTD,DF->BTF", x, w, dtype="float32"), compiler_options=OPTIONS)
     compiled = multiply.lower(x, by_output(w, 1)).compile()
+    entry = compiled.as_text().split("ENTRY")[1]
+    assert "f32[32,64]" not in entry
+    assert entry.count("reduce_fusion = ") == 1
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_two_matrices_share_a_loop(rows):
+    x, w = _operands((rows, 1, 64), (64, 32), "bfloat16")
+    multiply = jax.jit(lambda x, *ws: einsums("BTD,DF->BTF", x, ws, dtype="float32"), compiler_options=OPTIONS)
+    compiled = multiply.lower(x, by_output(w, 1), by_output(w + 1, 1)).compile()
     entry = compiled.as_text().split("ENTRY")[1]
     assert "f32[32,64]" not in entry
     assert entry.count("reduce_fusion = ") == 1
