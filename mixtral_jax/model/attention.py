@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.model.backends.chunked import cached_attention
-from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.backends.products import einsum, einsums
 from mixtral_jax.model.cache import LayerCache, View, advance
 from mixtral_jax.model.context_parallel import attention
 from mixtral_jax.model.parameters import weight
@@ -71,14 +71,12 @@ class Attention(nn.Module):
         config, execution, dtype = self.config, self.execution, self.execution.product_dtype
         x_BTD = x_BTD.astype(dtype)  # once, for the three products that save it
 
-        def project(name: str, heads: int, axis: LogicalAxis) -> jax.Array:
+        def project(names: tuple[str, ...], heads: int, axis: LogicalAxis) -> list[jax.Array]:
             shape = (config.dim, heads, config.head_dim)
-            w_DNH = weight(self, name, shape, ("embed", axis, "head_dim"), self.rules, dtype)
-            y_BTNH = einsum("BTD,DNH->BTNH", x_BTD, w_DNH, dtype=dtype, result_dtype=execution.activation_dtype)
-            return constrain(y_BTNH, ("batch", "length", axis, "head_dim"), self.rules)
+            weights = [weight(self, name, shape, ("embed", axis, "head_dim"), self.rules, dtype) for name in names]
+            found = einsums("BTD,DNH->BTNH", x_BTD, weights, dtype=dtype, result_dtype=execution.activation_dtype)
+            return [constrain(y_BTNH, ("batch", "length", axis, "head_dim"), self.rules) for y_BTNH in found]
 
-        return (
-            project("query", config.num_heads, "heads"),
-            project("key", config.num_kv_heads, "kv_heads"),
-            project("value", config.num_kv_heads, "kv_heads"),
-        )
+        (q_BTNH,) = project(("query",), config.num_heads, "heads")
+        k_BTKH, v_BTKH = project(("key", "value"), config.num_kv_heads, "kv_heads")
+        return q_BTNH, k_BTKH, v_BTKH

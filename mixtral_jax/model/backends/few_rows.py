@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.sharding.chips import has_amx
@@ -78,12 +79,12 @@ def by_output(weight: Any, inputs: int) -> ByOutput:
     return ByOutput(lying, inputs, None if scale is None else scale.reshape(values.shape[inputs:]))
 
 
-def are_few(rows: int, matrix: ByOutput) -> bool:
-    """Whether `products` is the fastest for so many."""
-    if matrix.values.dtype != jnp.float32:
+def are_few(rows: int, inputs: int, dtype: DTypeLike) -> bool:
+    """Whether `products` is the fastest for so many rows and a matrix of this dtype."""
+    if dtype != jnp.float32:
         return rows <= 2 * _SIDE_BY_SIDE
     # To write the product's transpose costs as much as is won where the matrix has few inputs.
-    return rows <= min(_MOST_FROM_THE_RIGHT, math.prod(matrix.shape[: matrix.inputs]) // 8)
+    return rows <= min(_MOST_FROM_THE_RIGHT, inputs // 8)
 
 
 def is_wide(rows: int, inputs: int) -> bool:

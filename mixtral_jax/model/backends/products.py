@@ -125,17 +125,24 @@ def _products_by_output(
     first = matrices[0]
     w_dims = first.as_it_lies(w_dims)
     inputs, outputs = w_dims[-first.inputs :], w_dims[: -first.inputs]
-    is_plain = x_dims.endswith(inputs) and y_dims == x_dims[: -first.inputs] + outputs
-    rows = math.prod(x.shape[: -first.inputs])
-    if is_plain and first.values.dtype.itemsize <= x.dtype.itemsize and few_rows.are_few(rows, first):
-        size = math.prod(x.shape[-first.inputs :])
-        found = few_rows.products(x.reshape(rows, size), [w.values.reshape(-1, size) for w in matrices])
+    if x_dims.endswith(inputs) and y_dims == x_dims[: -first.inputs] + outputs:
+        x_MK = x.reshape(math.prod(x.shape[: -first.inputs]), -1)
+        found = _by_output(x_MK, [w.values.reshape(-1, x_MK.shape[1]) for w in matrices])
         results = [y_MN.reshape(*x.shape[: -first.inputs], *first.shape[first.inputs :]) for y_MN in found]
     else:
         results = [_contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype)) for w in matrices]
     return [
         y if w.scale is None else y * _along(y_dims, outputs, w.scale) for y, w in zip(results, matrices, strict=True)
     ]
+
+
+def _by_output(x_MK: jax.Array, matrices: list[jax.Array]) -> list[jax.Array]:
+    """x times the transpose of each w_NK."""
+    (rows, inputs), held = x_MK.shape, matrices[0].dtype
+    if held.itemsize <= x_MK.dtype.itemsize and few_rows.are_few(rows, inputs, held):
+        return few_rows.products(x_MK, matrices)
+    # Of two dimensions each, XLA:CPU takes the operands as they lie; of more it writes a matrix's transpose first.
+    return [_contract("mk", "nk", "mn", x_MK, w_NK.astype(x_MK.dtype)) for w_NK in matrices]
 
 
 def _along(dims: str, w_dims: str, scale: jax.Array) -> jax.Array:

@@ -117,6 +117,15 @@ def test_the_matrix_is_read_once_and_in_its_own_bits():
     assert entry.count("reduce_fusion = ") == 1
 
 
+@pytest.mark.parametrize("held", ["bfloat16", "float32"])
+def test_many_rows_take_the_matrix_as_it_lies(held):
+    """No transpose of it is written first."""
+    x, w = _operands((5, 20, 64), (64, 32), held)
+    compiled = jax.jit(lambda x, w: einsum("BTD,DF->BTF", x, w, dtype=held)).lower(x, by_output(w, 1)).compile()
+    assert "[32,64]" in compiled.as_text()
+    assert "[64,32]" not in compiled.as_text()
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_two_matrices_share_a_loop(rows):
     x, w = _operands((rows, 1, 64), (64, 32), "bfloat16")
