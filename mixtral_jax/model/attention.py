@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 
 from mixtral_jax.config import Execution, ModelConfig
-from mixtral_jax.model.backends.chunked import cached_attention
+from mixtral_jax.model.backends.cached import cached_attention
 from mixtral_jax.model.backends.products import einsum, einsums
 from mixtral_jax.model.cache import LayerCache, View, advance
 from mixtral_jax.model.context_parallel import attention

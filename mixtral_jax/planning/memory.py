@@ -15,7 +15,7 @@ import jax
 from flax import linen as nn
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.model.backends.chunked import queries_at_once
+from mixtral_jax.model.backends.cached import queries_at_once
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.model.tensors import Tensor
 from mixtral_jax.model.transformer import abstract_params

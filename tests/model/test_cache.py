@@ -11,7 +11,8 @@ from oracles import attention as oracle
 from oracles import tiny
 
 from mixtral_jax.model import cache as c
-from mixtral_jax.model.backends.chunked import Keys, cached_attention, self_attention
+from mixtral_jax.model.backends.cached import cached_attention
+from mixtral_jax.model.backends.chunked import Keys, self_attention
 
 K, G, H = 2, 2, 8  # as in tiny.config
 W = 4

@@ -17,13 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.model.backends.products import einsum, weight_gradient
-from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.masks import visible
 
 MOST_UNROLLED = 16
 """Chunks of a sequence; where there are more, they are a loop."""
-MOST_SCORES = 1 << 28
-"""Of a chunk of queries over a cache on a device, 1 GiB in float32; where there would be more, chunks are smaller."""
 SPANS = 4
 """Loops of a sequence without a window."""
 _MASKED = -1e30  # finite: a row that sees nothing yields the mean of the values, not NaN
@@ -39,8 +36,8 @@ def attend(
     Returns:
       float32 [B, T, K, G, H], and the log of each query's partition function, float32 [B, T, K, G].
     """
-    scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", _scaled(q_BTKGH), k_BSKH, dtype=product_dtype)
-    weight_BKGTS, peak_BKGT, total_BKGT = _softmax(scores_BKGTS, visible_BTS[:, None, None])
+    scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", scaled(q_BTKGH), k_BSKH, dtype=product_dtype)
+    weight_BKGTS, peak_BKGT, total_BKGT = softmax(scores_BKGTS, visible_BTS[:, None, None])
     mixed_BTKGH = einsum("BKGTS,BSKH->BTKGH", weight_BKGTS, v_BSKH, dtype=product_dtype)
     total_BTKG, peak_BTKG = (jnp.transpose(each, (0, 3, 1, 2)) for each in (total_BKGT, peak_BKGT))
     return mixed_BTKGH / total_BTKG[..., None], peak_BTKG + jnp.log(total_BTKG)
@@ -64,7 +61,7 @@ def _pull(
     Args:
       mean_BTKG: of the weights' cotangents, by the weights: the product of a query's result and its cotangent.
     """
-    q_BTKGH = _scaled(q_BTKGH)
+    q_BTKGH = scaled(q_BTKGH)
     scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, dtype=product_dtype)
     log_z_BKGT, mean_BKGT = (jnp.transpose(each, (0, 2, 3, 1)) for each in (log_z_BTKG, mean_BTKG))
     weight_BKGTS = jnp.where(visible_BTS[:, None, None], jnp.exp(scores_BKGTS - log_z_BKGT[..., None]), 0)
@@ -74,14 +71,15 @@ def _pull(
     dscores_BKGTS = (weight_BKGTS * (dweight_BKGTS - mean_BKGT[..., None])).astype(product_dtype)
     dq_BTKGH = einsum("BKGTS,BSKH->BTKGH", dscores_BKGTS, k_BSKH, dtype=product_dtype)
     dk_BSKH = weight_gradient("BKGTS,BTKGH->BSKH", dscores_BKGTS, q_BTKGH, dtype=product_dtype)
-    return _scaled(dq_BTKGH), dk_BSKH, dv_BSKH
+    return scaled(dq_BTKGH), dk_BSKH, dv_BSKH
 
 
-def _scaled(q: jax.Array) -> jax.Array:
+def scaled(q: jax.Array) -> jax.Array:
+    """Queries times H ** -0.5, float32."""
     return q.astype(jnp.float32) * q.shape[-1] ** -0.5  # there are fewer queries than scores
 
 
-def _softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weights along the last dimension, not normalised; the score whose weight is 1; and the weights' sums."""
     scores = jnp.where(visible, scores, _MASKED)
     peak = jnp.max(scores, axis=-1)
@@ -237,6 +235,21 @@ def plan(length: int, num_places: int, first_query: int | None, window: int | No
     return runs
 
 
+_Carry = TypeVar("_Carry")
+
+
+def over(runs: list[Run], step: Callable[[Run, jax.Array | int, _Carry], _Carry], carry: _Carry) -> _Carry:
+    """carry = step(run, first query, carry) for one chunk of queries after another."""
+    for run in runs:
+        if run.chunks > 1:
+            chunk = partial(lambda run, number, carry: step(run, run.start + number * run.queries, carry), run)
+            carry = jax.lax.fori_loop(0, run.chunks, chunk, carry)
+        else:
+            # Each after the one before: left free, a compiler holds the scores of all at once.
+            carry = step(run, run.start, jax.lax.optimization_barrier(carry))
+    return carry
+
+
 class _Piece(NamedTuple):
     """A chunk of queries, and the row of keys that it is given."""
 
@@ -274,9 +287,6 @@ class _Piece(NamedTuple):
         return visible(query_T[None], position_S[None], window, self.queries(segment_BT), self.keys(segment_BS))
 
 
-_Carry = TypeVar("_Carry")
-
-
 def _over_pieces(
     form: _Form, places: _Places, num_places: int, take: Callable[[_Piece, _Carry], _Carry], carry: _Carry
 ) -> _Carry:
@@ -289,73 +299,4 @@ def _over_pieces(
             key = jnp.clip(places.first_query + query + run.queries - run.keys, 0, num_places - run.keys)
         return take(_Piece(query, key, run.queries, run.keys), carry)
 
-    for run in plan(form.length, num_places, form.first_query, form.window, form.chunk):
-        if run.chunks > 1:
-            chunk = partial(lambda run, number, carry: step(run, run.start + number * run.queries, carry), run)
-            carry = jax.lax.fori_loop(0, run.chunks, chunk, carry)
-        else:
-            # Each after the one before: left free, a compiler holds the scores of all at once.
-            carry = step(run, run.start, jax.lax.optimization_barrier(carry))
-    return carry
-
-
-def cached_attention(
-    q_BTKGH: jax.Array,
-    k_BKSH: jax.Array | Quantized,
-    v_BKSH: jax.Array | Quantized,
-    visible_BTS: jax.Array,
-    chunk: int,
-    product_dtype: str,
-    shards: int = 1,
-) -> jax.Array:
-    """Attention to a cache, whose slots are in no order: the mask says who sees what.
-
-    Args:
-      chunk: queries at a time, at most.
-      shards: devices that the heads are split over.
-
-    Returns:
-      float32 [B, T, K, G, H].
-    """
-    batch, length, num_kv_heads, num_groups, _ = q_BTKGH.shape
-    chunk = queries_at_once(chunk, batch * num_kv_heads * num_groups * visible_BTS.shape[2] // shards)
-
-    def take(start: jax.Array | int, rows_BTKGH: jax.Array, size: int = chunk) -> jax.Array:
-        chunk_of = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
-        mixed = _attend_to_cache(chunk_of(rows_BTKGH), k_BKSH, v_BKSH, chunk_of(visible_BTS), product_dtype)
-        return jax.lax.dynamic_update_slice_in_dim(rows_BTKGH, mixed, start, axis=1)
-
-    # Results take the place of queries: an array of zeros for them, a compiler is free to make for all layers at once.
-    rows_BTKGH, done = q_BTKGH.astype(jnp.float32), 0
-    if length > chunk * MOST_UNROLLED:
-        rows_BTKGH = jax.lax.fori_loop(0, length // chunk, lambda i, rows: take(i * chunk, rows), rows_BTKGH)
-        done = length // chunk * chunk
-    for start in range(done, length, chunk):
-        # Each after the one before: left free, it holds the scores of all at once.
-        rows_BTKGH = take(start, jax.lax.optimization_barrier(rows_BTKGH), min(chunk, length - start))
-    return rows_BTKGH
-
-
-def queries_at_once(chunk: int, scores: int) -> int:
-    """A chunk of queries over a cache, each of which has so many scores on a device, over all texts and heads."""
-    # A power of two, so that it divides a chunk of prefill.
-    return min(chunk, 1 << max(1, MOST_SCORES // scores).bit_length() - 1)
-
-
-def _attend_to_cache(
-    q_BTKGH: jax.Array,
-    k_BKSH: jax.Array | Quantized,
-    v_BKSH: jax.Array | Quantized,
-    visible_BTS: jax.Array,
-    product_dtype: str,
-) -> jax.Array:
-    """`attend` as products of one matrix a text and head: of other forms XLA:GPU makes some for which it lays the whole
-    cache out anew."""
-    batch, length, num_kv_heads, num_groups, head_dim = q_BTKGH.shape
-    q_BKMH = jnp.transpose(_scaled(q_BTKGH), (0, 2, 3, 1, 4)).reshape(batch, num_kv_heads, -1, head_dim)
-    scores_BKMS = einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, dtype=product_dtype)
-    scores_BKGTS = scores_BKMS.reshape(batch, num_kv_heads, num_groups, length, -1)
-    weight_BKGTS, _, total_BKGT = _softmax(scores_BKGTS, visible_BTS[:, None, None])
-    mixed_BKMH = einsum("BKMS,BKSH->BKMH", weight_BKGTS.reshape(scores_BKMS.shape), v_BKSH, dtype=product_dtype)
-    mixed_BKGTH = mixed_BKMH.reshape(*total_BKGT.shape, head_dim) / total_BKGT[..., None]
-    return jnp.transpose(mixed_BKGTH, (0, 3, 1, 2, 4))
+    return over(plan(form.length, num_places, form.first_query, form.window, form.chunk), step, carry)

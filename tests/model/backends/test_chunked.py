@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from oracles import attention as oracle
 
-from mixtral_jax.model.backends import chunked
-from mixtral_jax.model.backends.chunked import Keys, attend, cached_attention, plan, self_attention
+from mixtral_jax.model.backends.chunked import Keys, attend, plan, self_attention
 from mixtral_jax.model.masks import visible
 
 HEADS = (2, 3, 8)  # K, G, H
@@ -111,24 +110,6 @@ def test_bfloat16_products_are_close():
     assert 1e-4 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 1e-2
 
 
-def _by_head(*arrays):
-    """As a cache holds keys and values."""
-    return [jnp.swapaxes(x_BSKH, 1, 2) for x_BSKH in arrays]
-
-
-@pytest.mark.parametrize(("chunk", "most_scores"), [(3, 1 << 28), (100, 1 << 28), (100, 4 * 2 * 6 * 12), (100, 1)])
-def test_cached_attention_goes_by_its_mask(monkeypatch, chunk, most_scores):
-    """Ten queries over twelve slots in no order; all at once, or fewer at a time than the last ones are."""
-    monkeypatch.setattr(chunked, "MOST_SCORES", most_scores)
-    q, *_ = _inputs(10)
-    _, k, v, _ = _inputs(12, seed=1)
-    position_S = np.random.default_rng(2).permutation(12)
-    seen_BTS = visible(jnp.arange(2, 12), jnp.asarray(position_S), W)[None].repeat(2, 0)
-    expected = [[oracle.sees(query, key, W) for key in position_S] for query in range(2, 12)]
-    y = cached_attention(q, *_by_head(k, v), seen_BTS, chunk, "float32")
-    np.testing.assert_allclose(y, oracle.attention(q, k, v, np.array([expected] * 2)), atol=5e-6)
-
-
 def test_chunks_are_taken_one_after_another():
     """Each is held back until the one before it is done, and so backward: a TPU's compiler takes what is free of order
     at once, and with it the scores of all chunks."""
@@ -183,7 +164,6 @@ class ShapeTest(chex.TestCase):
         outputs = [
             self.variant(lambda q, k, v: self_attention(q, Keys(k, v), None, W, 4, "bfloat16"))(q, k, v),
             self.variant(lambda *inputs: attend(*inputs, "bfloat16")[0])(q, k, v, seen_BTS),
-            self.variant(lambda *inputs: cached_attention(*inputs, 4, "bfloat16"))(q, *_by_head(k, v), seen_BTS),
         ]
         chex.assert_shape(outputs, (2, 8, *HEADS))
         chex.assert_type(outputs, jnp.float32)
