@@ -46,7 +46,7 @@ ROWS = (
     Row("v5p:4x4x4", {"fsdp": 64}, None, 4, 30.7),
     Row("v5p:4x4x4", {"fsdp": 16, "tensor": 4}, None, 4, 32.8),
     Row("v5p:4x4x4", {"fsdp": 16, "expert": 4}, 1.25, 4, 32.4),
-    Row("v5p:4x4x4", {"fsdp": 16, "expert": 4}, None, 4, 39.3),
+    Row("v5p:4x4x4", {"fsdp": 16, "expert": 4}, None, 4, 39.3, 4096),
     Row("v5p:4x4x4", {"fsdp": 8, "expert": 8}, None, 4, 38.9),
     Row("v6e:8x8", {"fsdp": 64}, None, 2, 24.6, 4096),
     Row("v6e:8x8", {"fsdp": 64}, 1.25, 2, 25.1),
