@@ -30,8 +30,8 @@ _SIDE_BY_SIDE, _SIDE_BY_SIDE_OF_WIDE = 4, 16
 """Sums that one loop is at its best with: a wide row is read again, for as many outputs as are made at a time."""
 _IN_FIRST_CACHE = 4096
 """Numbers of x that leave room there for what is read of w."""
-_MOST_PARTS = 8
-"""Streams that are read at a time; of 16 the processors that were measured lose track."""
+_MOST_STREAMS = 8
+"""Parts of matrices that are read at a time; of 16, the processors that were measured lose track."""
 _MOST_FROM_THE_RIGHT = 64
 
 
@@ -117,7 +117,7 @@ def _in_a_loop(x_MK: jax.Array, matrices: list[jax.Array], at_its_best: int) -> 
     """One loop that makes about so many sums at a time, of parts of the matrices by their outputs."""
     count, rows, outputs = len(matrices), x_MK.shape[0], matrices[0].shape[0]
     wanted = -(-at_its_best // (count * rows))
-    parts = math.gcd(outputs, min(_MOST_PARTS, 1 << (wanted - 1).bit_length()))
+    parts = math.gcd(outputs, min(max(1, _MOST_STREAMS // count), 1 << (wanted - 1).bit_length()))
     pairs = [(x_K, part) for w_NK in matrices for part in jnp.split(w_NK, parts) for x_K in x_MK]
     if len(pairs) == 1:
         # Twice the same: XLA would take one sum for a product and make a slow one of it.
