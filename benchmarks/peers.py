@@ -36,7 +36,8 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         axes = "-".join(f"{axis}{size}" for axis, size in self.mesh.items())
-        return f"{self.topology.replace(':', '-')}.{axes}.{self.capacity_factor or 'dropless'}"
+        served = "" if self.exchange_rows == Dispatch().exchange_rows else f".{self.exchange_rows}"
+        return f"{self.topology.replace(':', '-')}.{axes}.{self.capacity_factor or 'dropless'}{served}"
 
 
 # MaxText 0.2.5, sequence 4096, AdamW with float32 weights and moments, remat full. It refuses the last mesh of v5p

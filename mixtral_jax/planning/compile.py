@@ -201,7 +201,8 @@ def abstract_cache(job: Job, mesh: Mesh) -> Cache:
     """The cache of a copy's texts, laid out as the programs leave it."""
     model, slots = job.model, num_slots(job.model, job.length)
     layout, whole = NamedSharding(mesh, DECODING.storage(decode.CACHE_AXES)), NamedSharding(mesh, PartitionSpec())
-    cache = jax.eval_shape(lambda: empty_cache(model, job.rows, slots, job.execution.kept_dtype))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the platform that it is for
+        cache = jax.eval_shape(lambda: empty_cache(model, job.rows, slots, job.execution.kept_dtype))
 
     def laid_out(leaves: Any, sharding: NamedSharding) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), leaves)

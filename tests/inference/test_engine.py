@@ -179,6 +179,20 @@ def test_any_shapes_give_the_texts_of_generate(family, changes):
         REFERENCE.check(family, case, ids)
 
 
+def test_a_cache_kept_as_bits_gives_the_texts_of_one_in_numbers(monkeypatch):
+    """In bfloat16, as on a CPU and as elsewhere: with prefixes that are found again, and more texts than slots."""
+    config, execution = _config("mistral"), dataclasses.replace(EXECUTION, cache_dtype="bfloat16")
+    loaded = Loaded(prepare(tiny.params(config, 0), config, execution), config, execution)
+    requests = [Case(length, seed, 8, bool(seed)).request for length in (5, 33, 44) for seed in (0, 1)]
+    found, engines = [], []
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr("mixtral_jax.model.cache.platform", lambda platform=platform: platform)
+        engines.append(Engine(loaded, dataclasses.replace(SHAPES, slots=2)))
+        found.append(_run(engines[-1], requests))
+    assert found[0] == found[1]
+    assert all(engine.statistics().cached_tokens > 0 for engine in engines)
+
+
 def test_many_texts_begin_in_one_step():
     """More than one call begins."""
     engine = _engine("mixtral", slots=12, prefill_chunk=256, prefix_blocks=0)

@@ -173,7 +173,7 @@ def test_in_int8_a_token_of_zeros_stays_one():
 
 @pytest.mark.parametrize("chunk", [1, 7, LENGTH])
 def test_bits_are_kept_as_the_numbers_would_be(chunk, monkeypatch):
-    """A cache in bfloat16 as CPUs keep it, and as others do: the same to the bit, and what is seen is in bfloat16."""
+    """A cache in bfloat16 as CPUs keep it, and as others do: the same to the bit."""
     q, k, v = _text(1)
     bits = _empty(_slots(W, 3), dtype="bfloat16")
     monkeypatch.setattr(c, "platform", lambda: "tpu")
@@ -198,7 +198,8 @@ def test_on_a_cpu_nothing_as_large_as_the_cache_is_made_in_float32(chunk):
 
     def write(cache, new):
         view, cache, _ = c.view(cache, jnp.ones((3, chunk), bool), W)
-        return cache._replace(layers=(c.store(cache.layers[0], new, new, view.slot_BT),))
+        layer, keys, values = c.advance(cache.layers[0], new, new, view)
+        return cache._replace(layers=(layer,)), keys, values
 
     compiled = jax.jit(write, donate_argnums=0).lower(cache, new).compile().as_text()
     assert f"[3,{K},64,{H}]" in compiled

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from oracles.communication import assert_tokens_travel_and_experts_stay
 from oracles.compiler import needs_compiler
@@ -160,6 +161,15 @@ def test_the_cache_is_as_inference_makes_it(kept):
         lambda leaf: (leaf.shape, leaf.dtype), real
     )
     assert sum(map(local_bytes, jax.tree.leaves(planned.layers))) == memory(job).cache
+
+
+@needs_compiler
+def test_the_cache_is_in_the_form_of_the_platform():
+    """On a CPU it would be kept as bits."""
+    job = _job(serve=True, tensor=2)
+    for machine, expected in ((jax.devices(), jnp.uint16), (devices(topology("v5e:2x2")), jnp.bfloat16)):
+        planned = abstract_cache(job, make_mesh(job.mesh, machine[:2]))
+        assert {leaf.dtype for leaf in jax.tree.leaves(planned.layers)} == {jnp.dtype(expected)}
 
 
 @needs_compiler

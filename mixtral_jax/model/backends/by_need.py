@@ -57,8 +57,8 @@ def by_need(
 def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...]) -> int | None:
     """Rows that an expert takes at a time on a CPU, of so many choices in all; None where it does as elsewhere.
 
-    By measurement, see docs/performance.md. `few_rows` is at its best with three, with four where reading the matrix is
-    what costs; for float32 only where there are no more. A float32 matrix that lies as it is XLA:CPU reads for one row
+    By measurement, see docs/performance.md. `few_rows` is at its best with three, or four that don't lie in the first
+    cache; in float32 only up to four choices an expert. A float32 matrix that lies as it is XLA:CPU reads for one row
     three times as fast as for several. Of other kinds nothing of the sort is known.
     """
     gate = experts[0].gate

@@ -2,7 +2,7 @@
 
 There the matrix is what costs, and XLA:CPU packs it before it multiplies more rows than one: decoding waits for that.
 Here the sums of all rows run through it side by side, in one loop that reads it once, as it lies: in bfloat16 at half
-the bytes, in int8 at a quarter. Where there are more rows, and the matrix is in float32, XLA is made to pack the rows.
+the bytes, in int8 at a quarter. Its parts, or several matrices, run side by side too, where a row would be too few. Where there are more rows, and the matrix is in float32, XLA is made to pack the rows.
 So the matrix has to lie output by output; and XLA has to vectorise a sum, which it does only where it may reorder one:
 in programs compiled with OPTIONS. In others the same loop takes four times as long.
 """
@@ -27,11 +27,11 @@ OPTIONS = {"xla_cpu_enable_fast_math": True}
 """The compiler's. Infinities, NaN, divisions and functions stay as they are: XLA has a flag for each."""
 
 _SIDE_BY_SIDE, _SIDE_BY_SIDE_OF_WIDE = 4, 16
-"""Sums that one loop is at its best with: a wide row is read again, for as many outputs as are made at a time."""
+"""Sums that one loop has, at least about: a wide row is read again, for as many outputs as are made at a time."""
 _IN_FIRST_CACHE = 4096
 """Numbers of x that leave room there for what is read of w."""
 _MOST_STREAMS = 8
-"""Parts of matrices that are read at a time; of 16, the processors that were measured lose track."""
+"""Parts that a loop reads at a time, of all its matrices; of 16, the processors that were measured lose track."""
 _MOST_FROM_THE_RIGHT = 64
 
 
@@ -82,9 +82,9 @@ def by_output(weight: Any, inputs: int) -> ByOutput:
 def are_few(rows: int, inputs: int, dtype: DTypeLike) -> bool:
     """Whether `products` is the fastest for so many rows and a matrix of this dtype."""
     if dtype != jnp.float32:
-        return rows <= 2 * _SIDE_BY_SIDE
+        return 0 < rows <= 2 * _SIDE_BY_SIDE
     # To write the product's transpose costs as much as is won where the matrix has few inputs.
-    return rows <= min(_MOST_FROM_THE_RIGHT, inputs // 8)
+    return 0 < rows <= min(_MOST_FROM_THE_RIGHT, inputs // 8)
 
 
 def is_wide(rows: int, inputs: int) -> bool:
@@ -106,7 +106,7 @@ def products(x_MK: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
         return [_from_the_right(x_MK, w_NK) for w_NK in matrices]
     x_MK = _made_once(x_MK)
     at_its_best = _SIDE_BY_SIDE_OF_WIDE if is_wide(rows, inputs) else _SIDE_BY_SIDE
-    at_once = max(1, 2 * at_its_best // rows)
+    at_once = max(1, min(_MOST_STREAMS, 2 * at_its_best // rows))  # twice as many sums cost less than another loop
     loops = [matrices[start : start + at_once] for start in range(0, len(matrices), at_once)]
     return [
         y_MN for loop in loops for y_MN in _in_a_loop(x_MK, [w_NK.astype(jnp.float32) for w_NK in loop], at_its_best)

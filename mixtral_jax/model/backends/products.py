@@ -65,9 +65,7 @@ def einsum(
     Raises:
       ValueError: `spec` is malformed or does not fit the operands.
     """
-    x_dims, w_dims, y_dims = _parse(spec)
-    if (len(x_dims), len(w_dims)) != (x.ndim, w.ndim):
-        raise ValueError(f"spec {spec!r} does not fit operands of shapes {x.shape} and {w.shape}")
+    x_dims, w_dims, y_dims = _parse(spec, x, w)
     result_dtype = jnp.float32 if result_dtype is None else result_dtype
     if isinstance(w, Quantized):
         return _quantized_product(x_dims, w_dims, y_dims, x, w, dtype).astype(result_dtype)
@@ -89,18 +87,18 @@ def einsums(
     dtype: DTypeLike,
     result_dtype: DTypeLike | None = None,
 ) -> list[jax.Array]:
-    """`einsum` of x with each of several weights of one shape; those that lie by output share a loop over few rows."""
+    """`einsum` of x with each of several weights; those that lie by output, alike, may share a loop over few rows."""
     lying = [w for w in weights if isinstance(w, ByOutput)]
-    if len(lying) < len(weights) or len({w.values.dtype for w in lying}) > 1:
+    if len(lying) < len(weights) or len({(w.values.shape, w.values.dtype, w.inputs) for w in lying}) > 1:
         return [einsum(spec, x, w, dtype=dtype, result_dtype=result_dtype) for w in weights]
     result_dtype = jnp.float32 if result_dtype is None else result_dtype
-    return [y.astype(result_dtype) for y in _products_by_output(*_parse(spec), x.astype(dtype), lying)]
+    return [y.astype(result_dtype) for y in _products_by_output(*_parse(spec, x, lying[0]), x.astype(dtype), lying)]
 
 
 def weight_gradient(spec: str, x: jax.Array, dy: jax.Array, *, dtype: DTypeLike) -> jax.Array:
     """`einsum`, float32 and without a gradient, of operands summed over leading dimensions, as a weight's gradient is
     over tokens."""
-    return _contract_gradient(*_parse(spec), x.astype(dtype), dy.astype(dtype))
+    return _contract_gradient(*_parse(spec, x, dy), x.astype(dtype), dy.astype(dtype))
 
 
 def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Quantized, dtype: DTypeLike) -> Any:
@@ -126,7 +124,7 @@ def _products_by_output(
     w_dims = first.as_it_lies(w_dims)
     inputs, outputs = w_dims[-first.inputs :], w_dims[: -first.inputs]
     if x_dims.endswith(inputs) and y_dims == x_dims[: -first.inputs] + outputs:
-        x_MK = x.reshape(math.prod(x.shape[: -first.inputs]), -1)
+        x_MK = x.reshape(math.prod(x.shape[: -first.inputs]), math.prod(x.shape[-first.inputs :]))
         found = _by_output(x_MK, [w.values.reshape(-1, x_MK.shape[1]) for w in matrices])
         results = [y_MN.reshape(*x.shape[: -first.inputs], *first.shape[first.inputs :]) for y_MN in found]
     else:
@@ -164,7 +162,8 @@ def _as_varying(operand: jax.Array, axes: frozenset[str]) -> jax.Array:
     return lax.pcast(operand, missing, to="varying") if missing else operand
 
 
-def _parse(spec: str) -> tuple[str, str, str]:
+def _parse(spec: str, left: jax.Array, right: jax.Array | Quantized | ByOutput) -> tuple[str, str, str]:
+    """The letters of both operands and of the result."""
     operands, _, y = spec.partition("->")
     x, _, w = operands.partition(",")
     for dims in (x, w, y):
@@ -172,6 +171,8 @@ def _parse(spec: str) -> tuple[str, str, str]:
             raise ValueError(f"spec {spec!r} must be 'x,w->y' with letters only and none twice in a term, got {dims!r}")
     if set(x) - set(w + y) or set(w) - set(x + y) or set(y) - set(x + w):
         raise ValueError(f"spec {spec!r}: every letter must be in two of its three terms")
+    if (len(x), len(w)) != (left.ndim, right.ndim):
+        raise ValueError(f"spec {spec!r} does not fit operands of shapes {left.shape} and {right.shape}")
     return x, w, y
 
 
