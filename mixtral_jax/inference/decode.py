@@ -13,6 +13,7 @@ from mixtral_jax.inference.compiling import program
 from mixtral_jax.inference.sampling import Form, Values, sample
 from mixtral_jax.inference.weights import Prepared
 from mixtral_jax.model.attention import Context
+from mixtral_jax.model.backends.bits import bits, numbers
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.cache import Cache, LayerCache, empty_cache, view
 from mixtral_jax.model.norm import RMSNorm
@@ -81,9 +82,7 @@ def embed(weights: Prepared, tokens_BT: jax.Array, execution: Execution) -> jax.
     """The tokens' rows of the embedding, [B, T, D]."""
 
     def on_cpu(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        # Before a loop XLA:CPU would make float32 of the whole table. Its bits it takes as they are.
-        bits_BTD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[tokens_BT]
-        return jax.lax.bitcast_convert_type(bits_BTD, table_VD.dtype)
+        return numbers(bits(table_VD)[tokens_BT])
 
     def elsewhere(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         return table_VD[tokens_BT]

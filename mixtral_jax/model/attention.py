@@ -49,17 +49,16 @@ class Attention(nn.Module):
         grouped = (config.num_kv_heads, config.queries_per_kv_head, config.head_dim)
         q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], *grouped)
         chunk, dtype = execution.attention_chunk, execution.product_dtype
-        visible_BTS, keys, values = None, k_BTKH, v_BTKH
+        keys, values, view = k_BTKH, v_BTKH, context.view
         if cache is not None:
-            assert context.view is not None
-            cache, keys, values = advance(cache, k_BTKH, v_BTKH, context.view)
-            visible_BTS = context.view.visible_BTS
-        if visible_BTS is None:
+            assert view is not None
+            cache, keys, values = advance(cache, k_BTKH, v_BTKH, view)
+        if view is None or view.seen is None:
             window = config.sliding_window
             mixed = attention(q_BTKGH, keys, values, context.segment_BT, window, execution, self.rules)
         else:
             shards = num_parts("kv_heads", self.rules)
-            mixed = cached_attention(q_BTKGH, keys, values, visible_BTS, chunk, dtype, shards)
+            mixed = cached_attention(q_BTKGH, keys, values, view.seen, chunk, dtype, shards)
         mixed_BTNH = mixed.astype(execution.activation_dtype).reshape(q_BTNH.shape)
         shape = (config.num_heads, config.head_dim, config.dim)
         output_NHD = weight(self, "output", shape, ("heads", "head_dim", "embed"), self.rules, dtype)

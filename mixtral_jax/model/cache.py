@@ -11,8 +11,7 @@ those are still there. The bytes don't depend on how long the text is.
 A head's slots lie together, [B, K, R, H], as attention reads them: laid out by tokens, compilers for GPUs make another
 cache by heads before a loop over tokens, and copy it back after.
 
-On a CPU numbers in bfloat16 are kept as their bits, in uint16: to write one token, XLA:CPU would make float32 of the
-whole cache, and bfloat16 of that.
+On a CPU numbers in bfloat16 are kept as their bits, see `backends.bits`.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.backends.bits import BITS, bits, numbers
+from mixtral_jax.model.backends.cached import Seen
 from mixtral_jax.model.backends.quantized import Quantized, in_int8
 from mixtral_jax.model.masks import visible
 from mixtral_jax.sharding.mesh import platform
 
 EMPTY = -1
-_BITS = jnp.dtype(jnp.uint16)
-"""Of numbers in bfloat16."""
 
 
 class LayerCache(NamedTuple):
@@ -57,17 +56,15 @@ class Cache(NamedTuple):
         return self.position_BR.shape[1]
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("slot_BT", "visible_BTS", "row_B"), meta_fields=("chunk_is_apart",)
-)
+@partial(jax.tree_util.register_dataclass, data_fields=("slot_BT", "seen", "row_B"), meta_fields=("chunk_is_apart",))
 @dataclass(frozen=True)
 class View:
     """Where a chunk's tokens go and what they see, the same for all layers."""
 
     slot_BT: jax.Array
     """int32; R for a token that is not stored."""
-    visible_BTS: jax.Array | None
-    """bool over the ring, or over the ring and then the chunk; None where the ring was empty: the chunk sees itself."""
+    seen: Seen | None
+    """Of the ring, or of the chunk and then the ring; None where the ring was empty: the chunk sees itself."""
     chunk_is_apart: bool
     """Whether to attend to the ring as it was and the chunk beside it, and to store the chunk afterwards."""
     row_B: jax.Array | None = None
@@ -87,7 +84,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: str) -> Cach
     as_bits = dtype == "bfloat16" and platform() == "cpu"
 
     def empty() -> jax.Array | Quantized:
-        whole = jnp.zeros(shape, _BITS if as_bits else dtype)
+        whole = jnp.zeros(shape, BITS if as_bits else dtype)
         return Quantized(whole, jnp.zeros((*shape[:-1], 1), jnp.float32)) if dtype == "int8" else whole
 
     layers = tuple(LayerCache(empty(), empty()) for _ in range(config.num_layers))
@@ -130,8 +127,11 @@ def view(
         return View(slot_BT, None, False, row_B), after, position_BT
     # Without a window the ring is as long as the text, so nothing that is still seen is overwritten.
     apart = window is not None and chunk > 1 and window + chunk - 1 > slots
-    seen_BS = jnp.concatenate([before_BR, position_BT], axis=1) if apart else after_BR
-    return View(slot_BT, visible(position_BT, seen_BS, window), apart, row_B), after, position_BT
+    position_BS = jnp.concatenate([position_BT, before_BR], axis=1) if apart else after_BR
+    # Slots are filled from the first on. Rows that take nothing in are not looked at, such as of texts that have ended.
+    filled_B = jnp.minimum(jnp.where(count_B > 0, start_B if apart else end_B, 0), slots)
+    extent = jnp.max(filled_B) + (chunk if apart else 0)
+    return View(slot_BT, Seen(visible(position_BT, position_BS, window), extent), apart, row_B), after, position_BT
 
 
 def _rows(array: jax.Array, row_B: jax.Array | None) -> jax.Array:
@@ -163,14 +163,9 @@ class _Chunk(NamedTuple):
 def _in_form(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array) -> _Chunk:
     if isinstance(layer.k_BKRH, Quantized):
         return _Chunk(in_int8(k_BTKH), in_int8(v_BTKH))
-    if layer.k_BKRH.dtype == _BITS:
-        return _Chunk(*(jax.lax.bitcast_convert_type(each.astype(jnp.bfloat16), _BITS) for each in (k_BTKH, v_BTKH)))
+    if layer.k_BKRH.dtype == BITS:
+        return _Chunk(bits(k_BTKH), bits(v_BTKH))
     return _Chunk(k_BTKH.astype(layer.k_BKRH.dtype), v_BTKH.astype(layer.k_BKRH.dtype))
-
-
-def _numbers(kept: jax.Array) -> jax.Array:
-    """Numbers, or those whose bits these are."""
-    return jax.lax.bitcast_convert_type(kept, jnp.bfloat16) if kept.dtype == _BITS else kept
 
 
 def _write(layer: LayerCache, chunk: _Chunk, view: View) -> LayerCache:
@@ -203,26 +198,26 @@ def _select(ring_BKR1: jax.Array, new_BTK1: jax.Array, slot_BT: jax.Array) -> ja
 
 
 def advance(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, view: View) -> tuple[LayerCache, Any, Any]:
-    """Stores a chunk, and gives the keys and values that `view.visible_BTS` speaks of.
+    """Stores a chunk, and gives the keys and values that `view.seen` speaks of.
 
-    Where the ring was empty, these are the chunk's own, arrays [B, T, K, H]; else they are in the cache's form, of bits
-    the numbers, and [B, K, S, H]. Either way a token sees keys and values as they are kept, its own too, so that it
+    Where the ring was empty, these are the chunk's own, arrays [B, T, K, H]; else they are in the cache's form,
+    [B, K, S, H]. Either way a token sees keys and values as they are kept, its own too, so that it
     makes no difference how a text was divided into chunks.
     """
     chunk = _in_form(layer, k_BTKH, v_BTKH)
     stored = _write(layer, chunk, view)
-    if view.visible_BTS is None:
+    if view.seen is None:
         return stored, _as_array(chunk.k_BTKH, k_BTKH.dtype), _as_array(chunk.v_BTKH, v_BTKH.dtype)
     if not view.chunk_is_apart:
-        return stored, *jax.tree.map(lambda ring: _numbers(_rows(ring, view.row_B)), stored)
+        return stored, *jax.tree.map(lambda ring: _rows(ring, view.row_B), stored)
 
-    def behind(ring: jax.Array, new: jax.Array) -> jax.Array:
-        return _numbers(jnp.concatenate([_rows(ring, view.row_B), jnp.swapaxes(new, 1, 2)], axis=2))
+    def before(ring: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.concatenate([jnp.swapaxes(new, 1, 2), _rows(ring, view.row_B)], axis=2)
 
     # Storing first would lose the keys that the chunk's early tokens still see.
-    keys, values = (jax.tree.map(behind, ring, new) for ring, new in zip(layer, chunk, strict=True))
+    keys, values = (jax.tree.map(before, ring, new) for ring, new in zip(layer, chunk, strict=True))
     return stored, keys, values
 
 
 def _as_array(kept: jax.Array | Quantized, dtype: DTypeLike) -> jax.Array:
-    return kept.dequantized(dtype) if isinstance(kept, Quantized) else _numbers(kept).astype(dtype)
+    return kept.dequantized(dtype) if isinstance(kept, Quantized) else numbers(kept).astype(dtype)

@@ -15,7 +15,7 @@ import jax
 from flax import linen as nn
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.model.backends.cached import queries_at_once
+from mixtral_jax.model.backends.cached import queries_at_once, slots_at_once
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.model.tensors import Tensor
 from mixtral_jax.model.transformer import abstract_params
@@ -262,7 +262,7 @@ def _serving(job: Job) -> Memory:
     hidden = model.hidden_dim // (job.mesh.fsdp * job.mesh.expert * job.mesh.tensor)
     rows = tokens * (1 if model.moe is None else model.moe.experts_per_token)
     slots = num_slots(model, job.length)
-    keys = slots if model.sliding_window is None else slots + chunk
+    keys = slots_at_once(slots if model.sliding_window is None else slots + chunk, job.platform)
     queries = queries_at_once(min(chunk, job.execution.attention_chunk), job.rows * heads * keys)
     scores = 2 * _FLOAT * job.rows * heads * keys * queries
     buffers = tokens * model.dim * 6 * stream + max(scores, rows * hidden * 3 * stream)

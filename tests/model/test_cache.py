@@ -11,6 +11,7 @@ from oracles import attention as oracle
 from oracles import tiny
 
 from mixtral_jax.model import cache as c
+from mixtral_jax.model.backends import cached
 from mixtral_jax.model.backends.cached import cached_attention
 from mixtral_jax.model.backends.chunked import Keys, self_attention
 
@@ -19,15 +20,23 @@ W = 4
 LENGTH = 3 * W + 2
 
 
+@pytest.fixture(autouse=True, scope="module")
+def blocks_of_three_slots():
+    """Every attention here goes by what `view` says of how many slots are filled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cached._SLOTS_AT_ONCE, "cpu", 3)
+        yield
+
+
 @partial(jax.jit, static_argnums=(5, 6))
 def _advance(cache, real_BT, q, k, v, window, fresh=False):
     """One layer's attention of a chunk to the text so far and itself, and the cache with the chunk in it."""
     view, cache, position_BT = c.view(cache, real_BT, window, fresh)
     layer, keys, values = c.advance(cache.layers[0], k, v, view)
-    if view.visible_BTS is None:
+    if view.seen is None:
         y = self_attention(q, Keys(keys, values), None, window, 128, "float32")
     else:
-        y = cached_attention(q, keys, values, view.visible_BTS, 128, "float32")
+        y = cached_attention(q, keys, values, view.seen, 128, "float32")
     return y, cache._replace(layers=(layer,)), position_BT
 
 
@@ -86,8 +95,28 @@ def test_a_chunk_longer_than_the_ring_stores_its_end():
     assert view.slot_BT.tolist() == [[4, 4, 2, 3, 0, 1]]
     assert view.chunk_is_apart
     assert cache.position_BR.tolist() == [[4, 5, 2, 3]]
-    np.testing.assert_array_equal(view.visible_BTS[0, :, :4], False)
-    np.testing.assert_array_equal(view.visible_BTS[0, :, 4:], oracle.mask(np.ones((1, 6)), W)[0])
+    np.testing.assert_array_equal(view.seen.visible_BTS[0, :, 6:], False)
+    np.testing.assert_array_equal(view.seen.visible_BTS[0, :, :6], oracle.mask(np.ones((1, 6)), W)[0])
+
+
+def test_the_extent_is_that_of_texts_that_go_on():
+    """Rows of 5, 2 and no tokens, of which the longest then ends; R = 6. Beyond R, all slots are filled."""
+    cache, extents = _empty(6, batch=3), []
+    for counts, chunk in [((5, 2, 0), 5), ((0, 1, 0), 1), ((0, 0, 0), 1), ((1, 1, 1), 1), ((3, 0, 0), 3)]:
+        real_BT = jnp.arange(chunk)[None] < jnp.array(counts)[:, None]
+        view, cache, _ = c.view(cache, real_BT, None)
+        extents.append(int(view.seen.extent))
+    assert extents == [5, 3, 0, 6, 6]
+    assert cache.length_B.tolist() == [9, 4, 1]
+
+
+def test_a_chunk_beside_the_ring_comes_before_it():
+    """Three tokens after two, R = W = 4: the chunk's three places, and the two of the ring that are filled."""
+    _, cache, _ = c.view(_empty(4), jnp.ones((1, 2), bool), W)
+    view, _, _ = c.view(cache, jnp.ones((1, 3), bool), W)
+    assert view.chunk_is_apart
+    assert int(view.seen.extent) == 5
+    np.testing.assert_array_equal(view.seen.visible_BTS.any(1), [[True, True, True, True, True, False, False]])
 
 
 @pytest.mark.parametrize(("window", "at_once"), [(1, 1), (W, 1), (W, 3), (LENGTH, 1), (None, 1)])
@@ -235,12 +264,14 @@ class ShapeTest(chex.TestCase):
         def advance(cache, new):
             view, moved, position = c.view(cache, jnp.ones((3, 5), bool), W)
             stored = c.store(cache.layers[0], new, new, view.slot_BT)
-            return view.slot_BT, view.visible_BTS, moved, position, stored, c.advance(cache.layers[0], new, new, view)
+            return view.slot_BT, *view.seen, moved, position, stored, c.advance(cache.layers[0], new, new, view)
 
-        slot, seen, moved, position, stored, (advanced, keys, values) = self.variant(advance)(cache, new)
+        slot, seen, extent, moved, position, stored, (advanced, keys, values) = self.variant(advance)(cache, new)
         chex.assert_shape([slot, position, seen], [(3, 5), (3, 5), (3, 5, W + 5)])
         chex.assert_type([slot, position, seen], [int, int, bool])
+        chex.assert_shape(extent, ())
+        chex.assert_type(extent, jnp.int32)
         chex.assert_shape([keys, values], (3, K, W + 5, H))
-        chex.assert_type([keys, values], jnp.bfloat16)
+        chex.assert_type([keys, values], jnp.uint16)
         chex.assert_trees_all_equal_shapes_and_dtypes(cache, moved)
         chex.assert_trees_all_equal_shapes_and_dtypes(cache.layers[0], stored, advanced)

@@ -1,30 +1,52 @@
-"""Attention to a cache, a chunk of queries at a time, so that a long prompt's scores never exist at once."""
+"""Attention to a cache: a chunk of queries at a time, so that a long prompt's scores never exist at once, and a block
+of slots at a time, so that slots which hold nothing cost nothing.
+
+How many blocks there are to see is known only when running. A block that a query sees nothing of changes its result by
+no bit: what a text gives does not depend on how far others have come.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.model.backends.chunked import Run, over, plan, scaled, softmax
+from mixtral_jax.model.backends.bits import numbers
+from mixtral_jax.model.backends.chunked import MASKED, Run, over, plan, scaled, softmax
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.backends.quantized import Quantized
+from mixtral_jax.sharding.mesh import platform
 
-MOST_SCORES = 1 << 28
-"""Of a chunk of queries on a device, 1 GiB in float32; where there would be more, chunks are smaller."""
+MOST_SCORES = 1 << 27
+"""Of a chunk of queries on a device, half a GiB in float32; where there would be more, chunks are smaller."""
+_SLOTS_AT_ONCE = {"cpu": 256, "tpu": 1024}
+"""By jax's name of the platform. On a GPU it is all of them: before each block the host would be asked whether there is
+another."""
+
+
+class Seen(NamedTuple):
+    """What queries see of a cache, whose slots are in no order."""
+
+    visible_BTS: jax.Array
+    """bool."""
+    extent: jax.Array
+    """int32: all that any of them sees is in so many slots, the first."""
 
 
 def cached_attention(
     q_BTKGH: jax.Array,
     k_BKSH: jax.Array | Quantized,
     v_BKSH: jax.Array | Quantized,
-    visible_BTS: jax.Array,
+    seen: Seen,
     chunk: int,
     product_dtype: str,
     shards: int = 1,
 ) -> jax.Array:
-    """Attention to a cache, whose slots are in no order: the mask says who sees what.
+    """Attention to what is seen of a cache.
 
     Args:
+      k_BKSH, v_BKSH: numbers, their bits, or int8 with scales.
       chunk: queries at a time, at most.
       shards: devices that the heads are split over.
 
@@ -32,40 +54,93 @@ def cached_attention(
       float32 [B, T, K, G, H].
     """
     batch, length, num_kv_heads, num_groups, _ = q_BTKGH.shape
-    slots = visible_BTS.shape[2]
-    chunk = queries_at_once(chunk, batch * num_kv_heads * num_groups * slots // shards)
+    slots = seen.visible_BTS.shape[2]
+    block = slots_at_once(slots, platform())
+    chunk = queries_at_once(chunk, batch * num_kv_heads * num_groups * block // shards)
 
     def take(run: Run, start: jax.Array | int, rows_BTKGH: jax.Array) -> jax.Array:
         def own(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, start, run.queries, axis=1)
 
-        mixed = _attend(own(rows_BTKGH), k_BKSH, v_BKSH, own(visible_BTS), product_dtype)
+        own_seen = seen._replace(visible_BTS=own(seen.visible_BTS))
+        mixed = _attend(own(rows_BTKGH), k_BKSH, v_BKSH, own_seen, block, product_dtype)
         return jax.lax.dynamic_update_slice_in_dim(rows_BTKGH, mixed, start, axis=1)
 
     # Results take the place of queries: an array of zeros for them, a compiler is free to make for all layers at once.
     return over(plan(length, slots, None, None, chunk), take, q_BTKGH.astype(jnp.float32))
 
 
+def slots_at_once(slots: int, platform: str) -> int:
+    """How many of so many slots make a block."""
+    return min(slots, _SLOTS_AT_ONCE.get(platform, slots))
+
+
 def queries_at_once(chunk: int, scores: int) -> int:
-    """A chunk of queries over a cache, each of which has so many scores on a device, over all texts and heads."""
+    """A chunk of queries over a cache, each with so many scores at a time on a device, of all texts and heads."""
     # A power of two, so that it divides a chunk of prefill.
     return min(chunk, 1 << max(1, MOST_SCORES // scores).bit_length() - 1)
+
+
+class _Part(NamedTuple):
+    """Attention to some of the keys, to be divided by the weights' sums."""
+
+    mixed_BKGTH: jax.Array
+    peak_BKGT: jax.Array
+    """The score whose weight is 1."""
+    total_BKGT: jax.Array
+    """The weights' sums."""
 
 
 def _attend(
     q_BTKGH: jax.Array,
     k_BKSH: jax.Array | Quantized,
     v_BKSH: jax.Array | Quantized,
-    visible_BTS: jax.Array,
+    seen: Seen,
+    block: int,
     product_dtype: str,
 ) -> jax.Array:
-    """`chunked.attend` as products of one matrix a text and head: of other forms XLA:GPU makes some for which it lays
-    the whole cache out anew."""
-    batch, length, num_kv_heads, num_groups, head_dim = q_BTKGH.shape
-    q_BKMH = jnp.transpose(scaled(q_BTKGH), (0, 2, 3, 1, 4)).reshape(batch, num_kv_heads, -1, head_dim)
+    """`chunked.attend`, a block of slots after another (Milakov and Gimelshein, 2018)."""
+    q_BKGTH = jnp.transpose(scaled(q_BTKGH), (0, 2, 3, 1, 4))
+    everything, slots = (k_BKSH, v_BKSH, seen.visible_BTS), seen.visible_BTS.shape[2]
+
+    def step(number: jax.Array, so_far: _Part) -> _Part:
+        # The last block is as large as the others, and is not to see what was seen.
+        begin = number * block
+        start = jnp.minimum(begin, slots - block)
+        k, v, seen_BTS = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, axis=2), everything)
+        seen_BTS &= (start + jnp.arange(block) >= begin)[None, None]
+        return _together(so_far, _part(q_BKGTH, k, v, seen_BTS, product_dtype))
+
+    if block == slots:
+        found = _part(q_BKGTH, *everything, product_dtype)
+    else:
+        zeros_BKGT = jnp.zeros_like(q_BKGTH[..., 0])
+        nothing = _Part(jnp.zeros_like(q_BKGTH), zeros_BKGT + MASKED, zeros_BKGT)
+        found = jax.lax.fori_loop(0, -(-jnp.maximum(seen.extent, 1) // block), step, nothing)
+    return jnp.transpose(found.mixed_BKGTH / found.total_BKGT[..., None], (0, 3, 1, 2, 4))
+
+
+def _part(
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array | Quantized,
+    v_BKSH: jax.Array | Quantized,
+    visible_BTS: jax.Array,
+    product_dtype: str,
+) -> _Part:
+    """By products of one matrix a text and head: of other forms XLA:GPU makes some for which it lays the whole cache
+    out anew."""
+    q_BKMH = q_BKGTH.reshape(*q_BKGTH.shape[:2], -1, q_BKGTH.shape[-1])
+    # Here, where they are a block: before the loop it would be done to the whole cache.
+    k_BKSH, v_BKSH = jax.tree.map(numbers, (k_BKSH, v_BKSH))
     scores_BKMS = einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, dtype=product_dtype)
-    scores_BKGTS = scores_BKMS.reshape(batch, num_kv_heads, num_groups, length, -1)
-    weight_BKGTS, _, total_BKGT = softmax(scores_BKGTS, visible_BTS[:, None, None])
+    scores_BKGTS = scores_BKMS.reshape(*q_BKGTH.shape[:-1], -1)
+    weight_BKGTS, peak_BKGT, total_BKGT = softmax(scores_BKGTS, visible_BTS[:, None, None])
     mixed_BKMH = einsum("BKMS,BKSH->BKMH", weight_BKGTS.reshape(scores_BKMS.shape), v_BKSH, dtype=product_dtype)
-    mixed_BKGTH = mixed_BKMH.reshape(*total_BKGT.shape, head_dim) / total_BKGT[..., None]
-    return jnp.transpose(mixed_BKGTH, (0, 3, 1, 2, 4))
+    return _Part(mixed_BKMH.reshape(q_BKGTH.shape), peak_BKGT, total_BKGT)
+
+
+def _together(one: _Part, other: _Part) -> _Part:
+    peak_BKGT = jnp.maximum(one.peak_BKGT, other.peak_BKGT)
+    by_one, by_other = (jnp.exp(each.peak_BKGT - peak_BKGT) for each in (one, other))
+    mixed_BKGTH = one.mixed_BKGTH * by_one[..., None] + other.mixed_BKGTH * by_other[..., None]
+    return _Part(mixed_BKGTH, peak_BKGT, one.total_BKGT * by_one + other.total_BKGT * by_other)

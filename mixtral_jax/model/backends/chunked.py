@@ -23,7 +23,8 @@ MOST_UNROLLED = 16
 """Chunks of a sequence; where there are more, they are a loop."""
 SPANS = 4
 """Loops of a sequence without a window."""
-_MASKED = -1e30  # finite: a row that sees nothing yields the mean of the values, not NaN
+MASKED = -1e30
+"""A score that is not to count. Finite: a row that sees nothing yields the mean of the values, not NaN."""
 
 
 def attend(
@@ -81,7 +82,7 @@ def scaled(q: jax.Array) -> jax.Array:
 
 def softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weights along the last dimension, not normalised; the score whose weight is 1; and the weights' sums."""
-    scores = jnp.where(visible, scores, _MASKED)
+    scores = jnp.where(visible, scores, MASKED)
     peak = jnp.max(scores, axis=-1)
     weight = jnp.exp(scores - peak[..., None])
     return weight, peak, jnp.sum(weight, axis=-1)
