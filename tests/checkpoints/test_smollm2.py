@@ -19,6 +19,8 @@ from mixtral_jax.checkpoints.upcycle import Upcycled
 from mixtral_jax.inference.perplexity import windows
 from mixtral_jax.loading import from_source
 
+pytestmark = pytest.mark.usefixtures("optimised_programs")
+
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a village by the sea,",

@@ -111,7 +111,7 @@ def test_operations_are_those_that_the_compiler_counts(model, layers):
 )
 def test_operations_on_a_tpu(model, remat):
     """All but the attention kernel's, of which the compiler knows nothing."""
-    wide = replace(model, num_layers=2, dim=1024, hidden_dim=2048, num_heads=8, head_dim=128, vocab_size=4096)
+    wide = replace(model, num_layers=1, dim=1024, hidden_dim=2048, num_heads=8, head_dim=128, vocab_size=4096)
     job = _job(wide, remat, rows=8, length=512, factor=1.25, **{"expert" if wide.moe else "fsdp": 4})
     execution = replace(EXECUTION, remat=remat)
     job = replace(job, execution=execution, dispatch=Dispatch(capacity_factor=1.25), loss_chunk=8 * 512, platform="tpu")
