@@ -1,4 +1,4 @@
-"""Many requests at a time against one after another, in the engine."""
+"""Many requests at a time against one after another, in the engine, and in slots that have room for far more."""
 
 from __future__ import annotations
 
@@ -18,25 +18,30 @@ from mixtral_jax.inference.weights import prepare
 from mixtral_jax.model.transformer import init_params
 
 REQUESTS, PROMPT, NEW = 64, 32, 32
+ROOM = 4096
 OURS = f"{REQUESTS} at a time"
 
 
 def batching(config: ModelConfig, repeats: int) -> list[Row]:
-    """64 texts of 32 tokens and 32 more, all at once in 64 slots, and one after another in one slot."""
+    """64 texts of 32 tokens and 32 more: all at once in 64 slots, in slots of 4,096 tokens, and one after another."""
     execution = Execution(product_dtype="float32")
     params = nn.unbox(init_params(config, jax.random.key(0)))
     loaded = Loaded(prepare(params, config, execution), config, execution)
-    calls = {OURS: _requests(loaded, REQUESTS, REQUESTS), "one at a time": _requests(loaded, 1, 8)}
+    calls = {
+        OURS: _requests(loaded, REQUESTS, REQUESTS),
+        f"{OURS}, room for {ROOM}": _requests(loaded, REQUESTS, REQUESTS, ROOM),
+        "one at a time": _requests(loaded, 1, 8),
+    }
     seconds = interleave(calls, repeats, warm_up=1)
     # The eight of one call stand for as many calls as it takes for all.
     seconds["one at a time"] = [each * REQUESTS / 8 for each in seconds["one at a time"]]
     return rates("engine", "new tokens/s", REQUESTS * NEW, seconds, OURS)
 
 
-def _requests(loaded: Loaded, slots: int, count: int) -> Callable[[], Any]:
+def _requests(loaded: Loaded, slots: int, count: int, room: int = PROMPT + NEW) -> Callable[[], Any]:
     # Each at its best: all prompts that come at once are taken in together, half of each at a time.
     chunk = max(256, slots * PROMPT // 2)
-    engine = Engine(loaded, EngineConfig(slots=slots, max_length=PROMPT + NEW, prefill_chunk=chunk, prefix_blocks=0))
+    engine = Engine(loaded, EngineConfig(slots=slots, max_length=room, prefill_chunk=chunk, prefix_blocks=0))
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, loaded.config.vocab_size, (count, PROMPT)).tolist()
 
