@@ -52,6 +52,14 @@ def optimised_programs():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(scope="module")
+def blocks_of_three_slots():
+    """For a module whose caches are smaller than a block is: every attention goes by how many slots are filled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mixtral_jax.model.backends.cached.SLOTS_AT_ONCE", {"cpu": 3})
+        yield
+
+
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_handlecrashitem(crashitem, report):
     """A worker died in this test, by XLA's abort or the limit for a test that hangs: eight devices on two cores may do

@@ -201,8 +201,8 @@ def advance(layer: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, view: View)
     """Stores a chunk, and gives the keys and values that `view.seen` speaks of.
 
     Where the ring was empty, these are the chunk's own, arrays [B, T, K, H]; else they are in the cache's form,
-    [B, K, S, H]. Either way a token sees keys and values as they are kept, its own too, so that it
-    makes no difference how a text was divided into chunks.
+    [B, K, S, H]. Either way a token sees keys and values as they are kept, its own too, so that it makes no difference
+    how a text was divided into chunks.
     """
     chunk = _in_form(layer, k_BTKH, v_BTKH)
     stored = _write(layer, chunk, view)

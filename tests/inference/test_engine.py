@@ -21,6 +21,8 @@ from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.weights import assemble, prepare
 from mixtral_jax.model.tensors import look_up
 
+pytestmark = pytest.mark.usefixtures("blocks_of_three_slots")
+
 EXECUTION = Execution(attention_chunk=8)
 WINDOW = 6
 SHAPES = EngineConfig(slots=4, max_length=64, prefill_chunk=16, prefix_blocks=6)

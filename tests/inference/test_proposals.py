@@ -20,6 +20,8 @@ from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.weights import prepare
 from mixtral_jax.model.cache import empty_cache, num_slots, rewind
 
+pytestmark = pytest.mark.usefixtures("blocks_of_three_slots")
+
 EXECUTION = Execution(attention_chunk=8)
 SHAPES = EngineConfig(slots=4, max_length=96, prefill_chunk=16, prefix_blocks=4)
 GREEDY = SamplingConfig()

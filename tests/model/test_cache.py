@@ -12,21 +12,14 @@ from oracles import attention as oracle
 from oracles import tiny
 
 from mixtral_jax.model import cache as c
-from mixtral_jax.model.backends import cached
 from mixtral_jax.model.backends.cached import cached_attention
 from mixtral_jax.model.backends.chunked import Keys, self_attention
+
+pytestmark = pytest.mark.usefixtures("blocks_of_three_slots")
 
 K, G, H = 2, 2, 8  # as in tiny.config
 W = 4
 LENGTH = 3 * W + 2
-
-
-@pytest.fixture(autouse=True, scope="module")
-def blocks_of_three_slots():
-    """Every attention here goes by what `view` says of how many slots are filled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cached._SLOTS_AT_ONCE, "cpu", 3)
-        yield
 
 
 @partial(jax.jit, static_argnums=(5, 6))
@@ -220,20 +213,21 @@ def test_bits_are_kept_as_the_numbers_would_be(chunk, monkeypatch):
             np.testing.assert_array_equal(own, np.asarray(expected).view(np.uint16))
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_on_a_cpu_nothing_as_large_as_the_cache_is_made_in_float32(chunk):
+@pytest.mark.parametrize(("window", "chunk", "apart"), [(W, 1, False), (W, 3, False), (64, 5, True)])
+def test_on_a_cpu_nothing_as_large_as_the_cache_is_made_in_float32(window, chunk, apart):
     """XLA would write all of a cache in bfloat16 anew for each token, and before a loop over blocks for all of them."""
     cache = c.empty_cache(tiny.config("mistral", num_layers=1), 3, 64, "bfloat16")
     new, q = jnp.ones((3, chunk, K, H)), jnp.ones((3, chunk, K, G, H))
 
     def step(cache, new, q):
-        view, cache, _ = c.view(cache, jnp.ones((3, chunk), bool), W)
+        view, cache, _ = c.view(cache, jnp.ones((3, chunk), bool), window)
+        assert view.chunk_is_apart == apart
         layer, keys, values = c.advance(cache.layers[0], new, new, view)
         return cache._replace(layers=(layer,)), cached_attention(q, keys, values, view.seen, 128, "bfloat16")
 
     compiled = jax.jit(step, donate_argnums=0).lower(cache, new, q).compile().as_text()
     assert f"[3,{K},64,{H}]" in compiled
-    assert not re.search(rf"f32\[3,{K},\d\d,{H}\]", compiled)
+    assert not re.search(rf"f32\[3,{K},6\d,{H}\]", compiled)
 
 
 class ShapeTest(chex.TestCase):

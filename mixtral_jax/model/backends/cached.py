@@ -1,8 +1,8 @@
-"""Attention to a cache: a chunk of queries at a time, so that a long prompt's scores never exist at once, and a block
-of slots at a time, so that slots which hold nothing cost nothing.
+"""Attention to a cache: a chunk of queries at a time, so that a long prompt's scores never exist at once, and, but on a
+GPU, a block of slots at a time, so that no scores are made of slots that hold nothing.
 
-How many blocks there are to see is known only when running. A block that a query sees nothing of changes its result by
-no bit: what a text gives does not depend on how far others have come.
+How many blocks there are to see is known only when running. A block of finite values that a query sees nothing of
+changes its result by no bit: what a text gives does not depend on how far others have come.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mixtral_jax.sharding.mesh import platform
 
 MOST_SCORES = 1 << 27
 """Of a chunk of queries on a device, half a GiB in float32; where there would be more, chunks are smaller."""
-_SLOTS_AT_ONCE = {"cpu": 256, "tpu": 1024}
-"""By jax's name of the platform. On a GPU it is all of them: before each block the host would be asked whether there is
-another."""
+SLOTS_AT_ONCE = {"cpu": 256, "tpu": 1024}
+"""By jax's name of the platform. On a GPU, by whichever name, it is all of them: before each block the host would be
+asked whether there is another."""
 
 
 class Seen(NamedTuple):
@@ -70,9 +70,9 @@ def cached_attention(
     return over(plan(length, slots, None, None, chunk), take, q_BTKGH.astype(jnp.float32))
 
 
-def slots_at_once(slots: int, platform: str) -> int:
-    """How many of so many slots make a block."""
-    return min(slots, _SLOTS_AT_ONCE.get(platform, slots))
+def slots_at_once(slots: int, name: str) -> int:
+    """How many of so many slots make a block on a platform of this name."""
+    return min(slots, SLOTS_AT_ONCE.get(name, slots))
 
 
 def queries_at_once(chunk: int, scores: int) -> int:

@@ -1,5 +1,7 @@
 """Attention to a cache against dense float64."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,12 +9,13 @@ import numpy as np
 import pytest
 from oracles import attention as oracle
 
-from mixtral_jax.model.backends import cached
+from mixtral_jax.model.backends import cached, few_rows
 from mixtral_jax.model.backends.bits import bits, numbers
 from mixtral_jax.model.backends.cached import Seen, cached_attention
 from mixtral_jax.model.backends.quantized import in_int8
 from mixtral_jax.model.masks import visible
 
+pytestmark = pytest.mark.usefixtures("optimised_programs")  # which no bit may depend on either
 HEADS = (2, 3, 8)  # K, G, H
 W = 6
 
@@ -35,7 +38,7 @@ def _all(visible_BTS):
 
 @pytest.fixture
 def blocks_of_four(monkeypatch):
-    monkeypatch.setitem(cached._SLOTS_AT_ONCE, "cpu", 4)
+    monkeypatch.setitem(cached.SLOTS_AT_ONCE, "cpu", 4)
 
 
 @pytest.mark.parametrize(("chunk", "most_scores"), [(3, 1 << 28), (100, 1 << 28), (100, 4 * 2 * 6 * 12), (100, 1)])
@@ -77,12 +80,14 @@ def test_blocks_equal_the_whole(blocks_of_four, slots, filled):
     np.testing.assert_allclose(y, oracle.attention(q, k, v, np.array([seen_TS] * 2)), atol=5e-6)
 
 
+@pytest.mark.parametrize("options", [None, few_rows.OPTIONS], ids=["", "reordered"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_bit_depends_on_how_far_others_have_come(blocks_of_four, dtype):
+def test_no_bit_depends_on_how_far_others_have_come(blocks_of_four, dtype, options):
     """A text of five tokens beside one of five, and beside one that fills the cache."""
     q, k, v = _inputs(1, 16)
     own_TS, long_TS = _some(1, 16, 5), _some(1, 16, 16)
-    call = jax.jit(lambda seen: cached_attention(q, *_by_head(k, v), seen, 2, dtype))
+    attend = partial(cached_attention, q, *_by_head(k, v), chunk=2, product_dtype=dtype)
+    call = jax.jit(attend, compiler_options=options)
     alone = call(Seen(jnp.stack([own_TS, own_TS]), jnp.int32(5)))
     beside = call(Seen(jnp.stack([own_TS, long_TS]), jnp.int32(16)))
     np.testing.assert_array_equal(alone[0], beside[0])
@@ -118,7 +123,8 @@ def test_blocks_of_a_cache_in_fewer_bits(blocks_of_four, form):
 
 
 def test_a_gpu_looks_at_all_slots_at_once():
-    assert cached.slots_at_once(4096, "gpu") == 4096
+    """By jax's name, and by that of a plan."""
+    assert cached.slots_at_once(4096, "gpu") == cached.slots_at_once(4096, "cuda") == 4096
     assert cached.slots_at_once(4096, "tpu") == 1024
     assert cached.slots_at_once(100, "tpu") == 100
 
