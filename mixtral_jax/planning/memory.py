@@ -264,9 +264,8 @@ def _serving(job: Job) -> Memory:
     slots = num_slots(model, job.length)
     keys = slots_at_once(slots if model.sliding_window is None else slots + chunk, job.platform)
     queries = queries_at_once(min(chunk, job.execution.attention_chunk), job.rows * heads * keys)
-    scores = (
-        _FLOAT * job.rows * heads * queries * (2 * keys + 3 * model.head_dim)
-    )  # and what they weigh, block by block
+    # Beside them what they weigh: of all blocks so far, and of one.
+    scores = _FLOAT * job.rows * heads * queries * (2 * keys + 3 * model.head_dim)
     buffers = tokens * model.dim * 6 * stream + max(scores, rows * hidden * 3 * stream)
     buffers += _FLOAT * job.rows * model.vocab_size
     return Memory(weights=sum(decoding_weights(job)), cache=cache_bytes(job), buffers=buffers)
