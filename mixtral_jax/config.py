@@ -136,9 +136,9 @@ class Execution:
     cache_dtype: CacheDtype | None = None
     """Keys and values that decoding keeps; None: the dtype of products. `int8` has a scale for each token and head."""
     attention: Literal["kernel", "xla"] = "kernel"
-    """What computes the attention of a sequence to itself. `kernel`: on TPU and on NVIDIA GPUs (A100 and newer),
-    where it takes the shapes, one that keeps scores on the chip; elsewhere, and by `xla` everywhere, XLA, a chunk of
-    queries at a time."""
+    """What computes attention. `kernel`: of a sequence to itself on TPU and on NVIDIA GPUs (A100 and newer), and to a
+    cache on such GPUs, where it takes the shapes, one that keeps scores on the chip; elsewhere, and by `xla`
+    everywhere, XLA, a chunk of queries at a time."""
     attention_chunk: int = 128
     """Queries that XLA's attention takes at a time."""
     remat: Literal["none", "products", "full"] = "none"

@@ -8,14 +8,13 @@ import jax
 from flax import linen as nn
 
 from mixtral_jax.config import Execution, ModelConfig
-from mixtral_jax.model.backends.cached import cached_attention
 from mixtral_jax.model.backends.products import einsum, einsums
 from mixtral_jax.model.cache import LayerCache, View, advance
-from mixtral_jax.model.context_parallel import attention
+from mixtral_jax.model.context_parallel import attention, attention_to_cache
 from mixtral_jax.model.parameters import weight
 from mixtral_jax.model.rope import Rotation, rotate
 from mixtral_jax.sharding.axes import LogicalAxis
-from mixtral_jax.sharding.partition import constrain, num_parts
+from mixtral_jax.sharding.partition import constrain
 from mixtral_jax.sharding.rules import Rules
 
 
@@ -48,7 +47,6 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH = rotate(q_BTNH, context.rotation), rotate(k_BTKH, context.rotation)
         grouped = (config.num_kv_heads, config.queries_per_kv_head, config.head_dim)
         q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], *grouped)
-        chunk, dtype = execution.attention_chunk, execution.product_dtype
         keys, values, view = k_BTKH, v_BTKH, context.view
         if cache is not None:
             assert view is not None
@@ -57,8 +55,8 @@ class Attention(nn.Module):
             window = config.sliding_window
             mixed = attention(q_BTKGH, keys, values, context.segment_BT, window, execution, self.rules)
         else:
-            shards = num_parts("kv_heads", self.rules)
-            mixed = cached_attention(q_BTKGH, keys, values, view.seen, chunk, dtype, shards)
+            mixed = attention_to_cache(q_BTKGH, keys, values, view.seen, execution, self.rules)
+        dtype = execution.product_dtype
         mixed_BTNH = mixed.astype(execution.activation_dtype).reshape(q_BTNH.shape)
         shape = (config.num_heads, config.head_dim, config.dim)
         output_NHD = weight(self, "output", shape, ("heads", "head_dim", "embed"), self.rules, dtype)

@@ -129,9 +129,9 @@ def view(
     apart = window is not None and chunk > 1 and window + chunk - 1 > slots
     position_BS = jnp.concatenate([position_BT, before_BR], axis=1) if apart else after_BR
     # Slots are filled from the first on. Rows that take nothing in are not looked at, such as of texts that have ended.
-    filled_B = jnp.minimum(jnp.where(count_B > 0, start_B if apart else end_B, 0), slots)
-    extent = jnp.max(filled_B) + (chunk if apart else 0)
-    return View(slot_BT, Seen(visible(position_BT, position_BS, window), extent), apart, row_B), after, position_BT
+    filled_B = jnp.minimum(start_B, slots) + chunk if apart else jnp.minimum(end_B, slots)
+    seen = Seen(visible(position_BT, position_BS, window), jnp.where(count_B > 0, filled_B, 0))
+    return View(slot_BT, seen, apart, row_B), after, position_BT
 
 
 def _rows(array: jax.Array, row_B: jax.Array | None) -> jax.Array:

@@ -13,6 +13,7 @@ Without a window each shard gets all keys and values: with grouped queries they 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,11 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import Execution
-from mixtral_jax.model.backends import chunked, flash, splash
+from mixtral_jax.model.backends import cached, chunked, flash, flash_decoding, splash
+from mixtral_jax.model.backends.cached import Seen
 from mixtral_jax.model.backends.chunked import Keys
+from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.sharding.chips import computes_on_old_gpu
-from mixtral_jax.sharding.mesh import current_mesh
-from mixtral_jax.sharding.partition import token_axes
+from mixtral_jax.sharding.mesh import current_mesh, platform
+from mixtral_jax.sharding.partition import num_parts, token_axes
 from mixtral_jax.sharding.rules import Rules
 
 
@@ -92,6 +95,42 @@ def _on_device(
     by_platform = {platform: partial(kernel, *given, dtype) for platform, kernel in kernels.items()}
     mixed_BTKGH: jax.Array = jax.lax.platform_dependent(**by_platform, default=by_xla)
     return mixed_BTKGH
+
+
+def attention_to_cache(
+    q_BTKGH: jax.Array,
+    k_BKSH: jax.Array | Quantized,
+    v_BKSH: jax.Array | Quantized,
+    seen: Seen,
+    execution: Execution,
+    rules: Rules,
+) -> jax.Array:
+    """What `cached.cached_attention` gives, float32 [B, T, K, G, H], where the current mesh may split the heads."""
+    dtype, given = execution.product_dtype, (q_BTKGH, k_BKSH, v_BKSH, seen)
+    shards = num_parts("kv_heads", rules)
+    by_xla = partial(cached.cached_attention, chunk=execution.attention_chunk, product_dtype=dtype, shards=shards)
+    if not has_kernel_for_cache(execution, q_BTKGH.shape[-1], platform()) or computes_on_old_gpu():
+        return by_xla(*given)
+    kernel = over_heads(partial(flash_decoding.cached_attention, product_dtype=dtype), rules)
+    mixed_BTKGH: jax.Array = jax.lax.platform_dependent(*given, cuda=kernel, default=by_xla)
+    return mixed_BTKGH
+
+
+def over_heads(kernel: Callable[..., jax.Array], rules: Rules) -> Callable[..., jax.Array]:
+    """Attention to a cache, each device of the current mesh its own heads: a kernel, the compiler can't divide."""
+    if current_mesh() is None:
+        return kernel
+    queries = rules.use(("batch", "length", "kv_heads"))
+    specs = (queries, *[rules.use(("batch", "kv_heads"))] * 2, rules.use(("batch",)))
+    mapped: Callable[..., jax.Array] = jax.shard_map(kernel, in_specs=specs, out_specs=queries, check_vma=False)
+    return mapped
+
+
+def has_kernel_for_cache(execution: Execution, head_dim: int, platform: str) -> bool:
+    """Whether attention to a cache is a kernel's on a platform, by jax's name of it or a plan's."""
+    if execution.attention == "xla" or platform not in ("gpu", "cuda"):
+        return False
+    return flash_decoding.suits(head_dim, execution.product_dtype, execution.kept_dtype)
 
 
 def halo_pieces(halo: int, length: int, num_shards: int) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from flax import linen as nn
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.backends.cached import queries_at_once, slots_at_once
 from mixtral_jax.model.cache import num_slots
+from mixtral_jax.model.context_parallel import has_kernel_for_cache
 from mixtral_jax.model.tensors import Tensor
 from mixtral_jax.model.transformer import abstract_params
 from mixtral_jax.planning.job import DTYPE_BYTES, Job
@@ -257,18 +258,23 @@ PREFILL_CHUNK = 512
 def _serving(job: Job) -> Memory:
     model, chunk = job.model, min(PREFILL_CHUNK, job.length)
     stream = DTYPE_BYTES[job.execution.activation_dtype]
-    heads = model.num_heads // job.mesh.tensor
     tokens = job.rows * chunk
     hidden = model.hidden_dim // (job.mesh.fsdp * job.mesh.expert * job.mesh.tensor)
     rows = tokens * (1 if model.moe is None else model.moe.experts_per_token)
-    slots = num_slots(model, job.length)
-    keys = slots_at_once(slots if model.sliding_window is None else slots + chunk, job.platform)
-    queries = queries_at_once(min(chunk, job.execution.attention_chunk), job.rows * heads * keys)
-    # Beside them what they weigh: of all blocks so far, and of one.
-    scores = _FLOAT * job.rows * heads * queries * (2 * keys + 3 * model.head_dim)
-    buffers = tokens * model.dim * 6 * stream + max(scores, rows * hidden * 3 * stream)
+    buffers = tokens * model.dim * 6 * stream + max(_attention_to_cache(job, chunk), rows * hidden * 3 * stream)
     buffers += _FLOAT * job.rows * model.vocab_size
     return Memory(weights=sum(decoding_weights(job)), cache=cache_bytes(job), buffers=buffers)
+
+
+def _attention_to_cache(job: Job, chunk: int) -> float:
+    """Scores, and what they weigh: of all blocks so far, and of one. Of a kernel what it gives, and that divided."""
+    model, heads = job.model, job.rows * job.model.num_heads // job.mesh.tensor
+    if has_kernel_for_cache(job.execution, model.head_dim, job.platform):
+        return _FLOAT * heads * chunk * 2 * model.head_dim
+    slots = num_slots(model, job.length)
+    keys = slots_at_once(slots if model.sliding_window is None else slots + chunk, job.platform)
+    queries = queries_at_once(min(chunk, job.execution.attention_chunk), heads * keys)
+    return _FLOAT * heads * queries * (2 * keys + 3 * model.head_dim)
 
 
 def cache_bytes(job: Job) -> int:

@@ -93,14 +93,14 @@ def test_a_chunk_longer_than_the_ring_stores_its_end():
     np.testing.assert_array_equal(view.seen.visible_BTS[0, :, :6], oracle.mask(np.ones((1, 6)), W)[0])
 
 
-def test_the_extent_is_that_of_texts_that_go_on():
+def test_the_extent_of_texts_that_do_not_go_on_is_nothing():
     """Rows of 5, 2 and no tokens, of which the longest then ends; R = 6. Beyond R, all slots are filled."""
     cache, extents = _empty(6, batch=3), []
     for counts, chunk in [((5, 2, 0), 5), ((0, 1, 0), 1), ((0, 0, 0), 1), ((1, 1, 1), 1), ((3, 0, 0), 3)]:
         real_BT = jnp.arange(chunk)[None] < jnp.array(counts)[:, None]
         view, cache, _ = c.view(cache, real_BT, None)
-        extents.append(int(view.seen.extent))
-    assert extents == [5, 3, 0, 6, 6]
+        extents.append(view.seen.extent_B.tolist())
+    assert extents == [[5, 2, 0], [0, 3, 0], [0, 0, 0], [6, 4, 1], [6, 0, 0]]
     assert cache.length_B.tolist() == [9, 4, 1]
 
 
@@ -109,7 +109,7 @@ def test_a_chunk_beside_the_ring_comes_before_it():
     _, cache, _ = c.view(_empty(4), jnp.ones((1, 2), bool), W)
     view, _, _ = c.view(cache, jnp.ones((1, 3), bool), W)
     assert view.chunk_is_apart
-    assert int(view.seen.extent) == 5
+    assert view.seen.extent_B.tolist() == [5]
     np.testing.assert_array_equal(view.seen.visible_BTS.any(1), [[True, True, True, True, True, False, False]])
 
 
@@ -264,7 +264,7 @@ class ShapeTest(chex.TestCase):
         slot, seen, extent, moved, position, stored, (advanced, keys, values) = self.variant(advance)(cache, new)
         chex.assert_shape([slot, position, seen], [(3, 5), (3, 5), (3, 5, W + 5)])
         chex.assert_type([slot, position, seen], [int, int, bool])
-        chex.assert_shape(extent, ())
+        chex.assert_shape(extent, (3,))
         chex.assert_type(extent, jnp.int32)
         chex.assert_shape([keys, values], (3, K, W + 5, H))
         chex.assert_type([keys, values], jnp.uint16)

@@ -110,17 +110,22 @@ for remat in ("none", "full"):
         text = compile_ahead(lower(training_program(again, mesh))).as_text()
     calls = "".join(line for line in text.splitlines() if "gpu.triton" in line)
     print(remat, *sorted(set(re.findall(r'name = .?"?([a-z_]+)', calls))))
-for heads, mesh in ((1, {}), (2, {}), (2, {"tensor": 2})):
-    served = []
-    for layers in (1, 4):
+for heads, mesh, kept in ((1, {}, None), (2, {}, "int8"), (2, {"tensor": 2}, None)):
+    served, machine = [], topology(f"h100:{mesh.get('tensor', 1)}")
+    for layers in (2, 4):
         config = replace(model, num_layers=layers, num_heads=4, num_kv_heads=heads)
-        texts = Job(config, MeshConfig(**{"data": 1, **mesh}), 8, 2048, execution, serve=True, platform="cuda")
-        served.append(compile_job(check(texts), topology(f"h100:{mesh.get('tensor', 1)}")))
+        kept_so = replace(execution, cache_dtype=kept)
+        texts = check(Job(config, MeshConfig(**{"data": 1, **mesh}), 8, 2048, kept_so, serve=True, platform="cuda"))
+        served.append(compile_job(texts, machine))
     (few_prefill, few_decode), (prefill, decode) = served
     assert prefill.memory["weights"] == decode.memory["weights"] > 0
-    # No second cache, and of all layers but one of what a layer makes.
+    mesh = make_mesh(texts.mesh, devices(machine))
+    with jax.set_mesh(mesh):
+        programs = [lower(each).as_text() for each in serving_programs(texts, mesh)]
+    # No second cache, and but once what a layer makes.
     print("served", decode.memory["temporaries"] < few_decode.memory["cache"] / 2,
-          prefill.memory["temporaries"] < 1.2 * few_prefill.memory["temporaries"])
+          prefill.memory["temporaries"] < 1.2 * few_prefill.memory["temporaries"],
+          all("cached_attention" in program for program in programs))
 """
 
 
@@ -137,4 +142,4 @@ def test_programs_for_gpu(tmp_path):
     kernels = {"attention", "attention_gradient_of_queries", "attention_gradient_of_keys"}
     kernels |= {"grouped_product", "grouped_weight_gradient"}
     assert [(line.split()[0], kernels <= set(line.split())) for line in lines[4:6]] == [("none", True), ("full", True)]
-    assert lines[6:] == ["served True True"] * 3
+    assert lines[6:] == ["served True True True"] * 3

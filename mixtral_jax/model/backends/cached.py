@@ -30,8 +30,8 @@ class Seen(NamedTuple):
 
     visible_BTS: jax.Array
     """bool."""
-    extent: jax.Array
-    """int32: all that any of them sees is in so many slots, the first."""
+    extent_B: jax.Array
+    """int32: all that a text's see is in so many slots, the first."""
 
 
 def cached_attention(
@@ -116,7 +116,7 @@ def _attend(
     else:
         zeros_BKGT = jnp.zeros_like(q_BKGTH[..., 0])
         nothing = _Part(jnp.zeros_like(q_BKGTH), zeros_BKGT + MASKED, zeros_BKGT)
-        found = jax.lax.fori_loop(0, -(-jnp.maximum(seen.extent, 1) // block), step, nothing)
+        found = jax.lax.fori_loop(0, -(-jnp.maximum(jnp.max(seen.extent_B), 1) // block), step, nothing)
     return jnp.transpose(found.mixed_BKGTH / found.total_BKGT[..., None], (0, 3, 1, 2, 4))
 
 

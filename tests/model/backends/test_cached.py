@@ -33,7 +33,7 @@ def _by_head(*arrays):
 
 
 def _all(visible_BTS):
-    return Seen(visible_BTS, jnp.int32(visible_BTS.shape[2]))
+    return Seen(visible_BTS, jnp.full(2, visible_BTS.shape[2]))
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_blocks_equal_the_whole(blocks_of_four, slots, filled):
     """Of 14 slots the last block is moved back, over some that were seen."""
     q, k, v = _inputs(3, slots)
     seen_TS = _some(3, slots, filled)
-    y = cached_attention(q, *_by_head(k, v), Seen(seen_TS[None].repeat(2, 0), jnp.int32(filled)), 2, "float32")
+    y = cached_attention(q, *_by_head(k, v), Seen(seen_TS[None].repeat(2, 0), jnp.full(2, filled)), 2, "float32")
     np.testing.assert_allclose(y, oracle.attention(q, k, v, np.array([seen_TS] * 2)), atol=5e-6)
 
 
@@ -88,8 +88,8 @@ def test_no_bit_depends_on_how_far_others_have_come(blocks_of_four, dtype, optio
     own_TS, long_TS = _some(1, 16, 5), _some(1, 16, 16)
     attend = partial(cached_attention, q, *_by_head(k, v), chunk=2, product_dtype=dtype)
     call = jax.jit(attend, compiler_options=options)
-    alone = call(Seen(jnp.stack([own_TS, own_TS]), jnp.int32(5)))
-    beside = call(Seen(jnp.stack([own_TS, long_TS]), jnp.int32(16)))
+    alone = call(Seen(jnp.stack([own_TS, own_TS]), jnp.array([5, 5])))
+    beside = call(Seen(jnp.stack([own_TS, long_TS]), jnp.array([5, 16])))
     np.testing.assert_array_equal(alone[0], beside[0])
     assert not np.array_equal(alone[1], beside[1])
 
@@ -99,7 +99,7 @@ def test_blocks_beyond_what_is_seen_are_not_looked_at(blocks_of_four):
     q, k, v = _inputs(2, 16)
     seen_TS = _some(2, 16, 7)
     k, v = (x.at[:, 8:].set(jnp.nan) for x in (k, v))
-    y = cached_attention(q, *_by_head(k, v), Seen(seen_TS[None].repeat(2, 0), jnp.int32(7)), 2, "float32")
+    y = cached_attention(q, *_by_head(k, v), Seen(seen_TS[None].repeat(2, 0), jnp.full(2, 7)), 2, "float32")
     expected = oracle.attention(q, k[:, :8], v[:, :8], np.array([seen_TS[:, :8]] * 2))
     np.testing.assert_allclose(y, expected, atol=5e-6)
 
@@ -107,7 +107,7 @@ def test_blocks_beyond_what_is_seen_are_not_looked_at(blocks_of_four):
 @pytest.mark.parametrize("extent", [0, 16])
 def test_who_sees_nothing_gets_numbers(blocks_of_four, extent):
     q, k, v = _inputs(2, 16)
-    y = cached_attention(q, *_by_head(k, v), Seen(jnp.zeros((2, 2, 16), bool), jnp.int32(extent)), 2, "float32")
+    y = cached_attention(q, *_by_head(k, v), Seen(jnp.zeros((2, 2, 16), bool), jnp.full(2, extent)), 2, "float32")
     assert np.isfinite(y).all()
 
 
@@ -118,11 +118,11 @@ def test_blocks_of_a_cache_in_fewer_bits(blocks_of_four, form):
     seen_TS = _some(3, 12, 7)
     held = [bits(x) if form == "bits" else in_int8(x) for x in _by_head(k, v)]
     exact = [jnp.swapaxes(numbers(x) if form == "bits" else x.dequantized("float32"), 1, 2) for x in held]
-    y = cached_attention(q, *held, Seen(seen_TS[None].repeat(2, 0), jnp.int32(7)), 2, "float32")
+    y = cached_attention(q, *held, Seen(seen_TS[None].repeat(2, 0), jnp.full(2, 7)), 2, "float32")
     np.testing.assert_allclose(y, oracle.attention(q, *exact, np.array([seen_TS] * 2)), atol=5e-6)
 
 
-def test_a_gpu_looks_at_all_slots_at_once():
+def test_a_gpu_without_the_kernel_looks_at_all_slots_at_once():
     """By jax's name, and by that of a plan."""
     assert cached.slots_at_once(4096, "gpu") == cached.slots_at_once(4096, "cuda") == 4096
     assert cached.slots_at_once(4096, "tpu") == 1024
