@@ -239,20 +239,24 @@ def _order_free(dims: str, other: str, y_dims: str, operand: jax.Array, y_size: 
 def _contract_forward(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """`_contract` for the forward pass. Decoding one sequence, its x is a single row."""
 
-    def elsewhere(x: jax.Array, w: jax.Array) -> jax.Array:
+    def alone(x: jax.Array, w: jax.Array) -> jax.Array:
         return _contract(x_dims, w_dims, y_dims, x, w)
 
-    def on_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
-        # XLA:CPU runs a bfloat16 product of a vector and a matrix in slow loops: 2.5 to 20 times slower than with rows
-        # of zeros beside the one, with which it is about as fast as in float32.
-        x_rows = lax.pad(x[None], jnp.zeros((), x.dtype), [(0, 3, 0), *[(0, 0, 0)] * x.ndim])
+    def beside_zeros(x: jax.Array, w: jax.Array, rows: int) -> jax.Array:
+        x_rows = lax.pad(x[None], jnp.zeros((), x.dtype), [(0, rows, 0), *[(0, 0, 0)] * x.ndim])
         y_rows = _contract("_" + x_dims, w_dims, "_" + y_dims, x_rows, w)
         return lax.index_in_dim(y_rows, 0, keepdims=False)
 
-    rows = math.prod(size for d, size in zip(x_dims, x.shape, strict=True) if d not in w_dims)
-    if rows > 1 or x.dtype != jnp.bfloat16:
-        return elsewhere(x, w)
-    y: jax.Array = lax.platform_dependent(x, w, cpu=on_cpu, default=elsewhere)
+    if math.prod(size for d, size in zip(x_dims, x.shape, strict=True) if d not in w_dims) > 1:
+        return alone(x, w)
+    # Of a vector and a matrix of up to ten million weights XLA:GPU writes all products to memory, in float32, and then
+    # sums them: five times the traffic of a matrix in bfloat16.
+    forms: dict[str, Any] = {"cuda": partial(beside_zeros, rows=1), "default": alone}
+    if x.dtype == jnp.bfloat16:
+        # XLA:CPU runs such a product in slow loops: 2.5 to 20 times slower than with rows of zeros beside the one, with
+        # which it is about as fast as in float32.
+        forms["cpu"] = partial(beside_zeros, rows=3)
+    y: jax.Array = lax.platform_dependent(x, w, **forms)
     return y
 
 
