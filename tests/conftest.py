@@ -4,15 +4,13 @@ import gc
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import quick_compiler
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-# Many runs compile the same program, in this process and in those that tests begin.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "programs")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Programs for several devices of a CPU hang once they are loaded, not compiled; see `cli.platform.start`.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # XLA gives eight devices eight threads, on which a collective blocks and a product waits for others: let all have one.
 os.environ["PJRT_NPROC"] = "32"
 _FLAGS = f"--xla_force_host_platform_device_count=8 {quick_compiler.FLAGS}"

@@ -70,6 +70,11 @@ def start(device: str | None) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError("--device", device, f"no such device here ({reason})") from None
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        # A CPU's program that is loaded has lost the order between the collectives of a loop and those beside it, since
+        # XLA reads each sequence of operations with a communicator of its own (thunk_proto_serdes.cc): one device waits
+        # in the loop, another beside it, for ever.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def reuse_memory() -> None:
