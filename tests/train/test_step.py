@@ -26,7 +26,7 @@ from mixtral_jax.sharding.rules import TRAINING
 from mixtral_jax.train.losses import LossConfig
 from mixtral_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from mixtral_jax.train.packing import Batch, empty_row, stack_rows
-from mixtral_jax.train.state import init_state
+from mixtral_jax.train.state import TrainState, abstract_state, init_state
 from mixtral_jax.train.step import compute_losses, gradients, make_step, routing_metrics, totals
 
 # Adam's first step divides a gradient by its own size: with a small epsilon, rounding noise by rounding noise.
@@ -74,6 +74,7 @@ class Run(NamedTuple):
 
 # An optimizer that keeps the gradient as its state and passes it on.
 KEEP = optax.GradientTransformation(init=lambda params: params, update=lambda gradient, *_: (gradient, gradient))
+KEPT = optax.chain(KEEP, make_optimizer(OPTIMIZER, STEPS))
 
 
 class Case(NamedTuple):
@@ -96,24 +97,27 @@ class Case(NamedTuple):
         return params
 
 
+@cache
+def _first_state(case):
+    """On one device: a program that makes it on a mesh takes as long to compile as the step."""
+    params = case.params()
+    return TrainState(jnp.zeros((), jnp.int32), params, KEPT.init(params))
+
+
 def _run(mesh_config, case, accumulation=1, remat="none"):
     devices = math.prod(mesh_config.shape) if -1 not in mesh_config.shape else 1
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
     execution = dataclasses.replace(EXECUTION, remat=remat)
-    model, optimizer = (
-        Transformer(case.config, execution, case.dispatch),
-        optax.chain(KEEP, make_optimizer(OPTIMIZER, STEPS)),
-    )
-    state = init_state(case.config, optimizer, mesh, TRAINING, seed=0)
-    params = jax.tree.map(lambda own, leaf: jax.device_put(own, leaf.sharding), case.params(), state.params)
+    model = Transformer(case.config, execution, case.dispatch)
+    _, shardings = abstract_state(case.config, KEPT, mesh, TRAINING)
+    state = jax.device_put(_first_state(case), shardings)
     layout = NamedSharding(mesh, TRAINING.use(("batch", "length")))
     batch = jax.tree.map(lambda x: jax.device_put(x, layout), _batch())
-    step = make_step(model, LOSSES, optimizer, learning_rate(OPTIMIZER, STEPS), accumulation)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_step(model, LOSSES, KEPT, learning_rate(OPTIMIZER, STEPS), accumulation)
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
-        compiled = jitted.lower(state._replace(params=params), batch).compile()
-        after, metrics = compiled(state._replace(params=params), batch)
+        compiled = jitted.lower(state, batch).compile()
+        after, metrics = compiled(state, batch)
     return Run(*jax.device_get((after.params, metrics, after.optimizer[0])), compiled.as_text())
 
 
