@@ -1,5 +1,7 @@
 """Generation against the full forward pass: any prompt length, chunking and batch, past the window and back."""
 
+from functools import cache
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,15 @@ def model(request):
     return config, prepare(params, config, EXECUTION), full
 
 
+@cache
+def _step(config):
+    """One for all tests of a model: it is compiled once for tokens of a shape."""
+    weights = prepare(tiny.params(config), config, EXECUTION)
+    return jax.jit(
+        lambda tokens, cache: decode.forward(weights, tokens, jnp.ones(tokens.shape, bool), cache, config, EXECUTION)
+    )
+
+
 def _run(config, weights, prompts, new, sampling=GREEDY, **settings):
     settings = {"max_new_tokens": new, "config": config, "execution": EXECUTION} | settings
     *_, state = generate.generate(weights, prompts, sampling=sampling, **settings)
@@ -56,13 +67,10 @@ def test_logits_equal_the_full_forward_for_three_windows(model, length):
     tokens_BT = tiny.tokens(config, 2, total)
     expected = full(jnp.asarray(tokens_BT))
     cache = empty_cache(config, 2, num_slots(config, 64), "float32")
-    step = jax.jit(
-        lambda tokens, cache: decode.forward(weights, tokens, jnp.ones(tokens.shape, bool), cache, config, EXECUTION)
-    )
-    hidden, cache = step(jnp.asarray(tokens_BT[:, :length]), cache)
+    hidden, cache = _step(config)(jnp.asarray(tokens_BT[:, :length]), cache)
     parts = [decode.unembed(weights, hidden, EXECUTION)]
     for place in range(length, total):
-        hidden, cache = step(jnp.asarray(tokens_BT[:, place : place + 1]), cache)
+        hidden, cache = _step(config)(jnp.asarray(tokens_BT[:, place : place + 1]), cache)
         parts.append(decode.unembed(weights, hidden, EXECUTION))
     actual = jnp.concatenate(parts, axis=1)
     assert np.abs(actual - expected).max() < 1e-4 * np.std(expected)
@@ -73,14 +81,11 @@ def test_an_int8_cache_costs_a_hundredth_of_the_logits_deviation(model):
     config, weights, full = model
     tokens_BT = jnp.asarray(tiny.tokens(config, 2, 6 * WINDOW))
     expected = full(tokens_BT)
-    step = jax.jit(
-        lambda tokens, cache: decode.forward(weights, tokens, jnp.ones(tokens.shape, bool), cache, config, EXECUTION)
-    )
     found = []
     for chunk in (1, 4):
         cache, parts = empty_cache(config, 2, num_slots(config, 64), "int8"), []
         for begin in range(0, tokens_BT.shape[1], chunk):
-            hidden, cache = step(tokens_BT[:, begin : begin + chunk], cache)
+            hidden, cache = _step(config)(tokens_BT[:, begin : begin + chunk], cache)
             parts.append(decode.unembed(weights, hidden, EXECUTION))
         found.append(jnp.concatenate(parts, axis=1))
     error, between = (np.sqrt(np.mean(np.square(found[0] - each))) / np.std(expected) for each in (expected, found[1]))
@@ -92,16 +97,12 @@ def test_an_int8_cache_costs_a_hundredth_of_the_logits_deviation(model):
 @pytest.mark.parametrize("chunk", [1, 4, 40])
 def test_a_token_reaches_layers_times_window_less_one_through_the_cache(family, chunk):
     config = tiny.config(family)
-    weights = prepare(tiny.params(config), config, EXECUTION)
     tokens_BT = np.repeat(tiny.tokens(config, 1, 40), 2, axis=0)
     tokens_BT[1, 9] = (tokens_BT[1, 9] + 1) % config.vocab_size
     cache = empty_cache(config, 2, num_slots(config, 64), "float32")
-    step = jax.jit(
-        lambda tokens, cache: decode.forward(weights, tokens, jnp.ones(tokens.shape, bool), cache, config, EXECUTION)
-    )
     parts = []
     for begin in range(0, 40, chunk):
-        hidden, cache = step(jnp.asarray(tokens_BT[:, begin : begin + chunk]), cache)
+        hidden, cache = _step(config)(jnp.asarray(tokens_BT[:, begin : begin + chunk]), cache)
         parts.append(hidden)
     hidden_BTD = np.concatenate(parts, axis=1)
     changed = np.flatnonzero((hidden_BTD[0] != hidden_BTD[1]).any(axis=-1))

@@ -85,7 +85,7 @@ def test_without_remat_a_layer_keeps_what_is_counted(kernel):
 
     def of_depth(layers):
         execution = replace(SHORT, remat="none", attention=kernel, attention_chunk=128)
-        job = check(Job(replace(model, num_layers=layers), MeshConfig(data=1, fsdp=4), 8, 1024, execution))
+        job = check(Job(replace(model, num_layers=layers), MeshConfig(data=1, fsdp=4), 4, 512, execution))
         (compiled,) = compile_job(job, topology("v5p:2x2x1"))
         return compiled.memory["temporaries"], memory(job)
 

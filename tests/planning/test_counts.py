@@ -111,16 +111,16 @@ def test_operations_are_those_that_the_compiler_counts(model, layers):
 )
 def test_operations_on_a_tpu(model, remat):
     """All but the attention kernel's, of which the compiler knows nothing."""
-    wide = replace(model, num_layers=1, dim=1024, hidden_dim=2048, num_heads=8, head_dim=128, vocab_size=4096)
-    job = _job(wide, remat, rows=8, length=512, factor=1.25, **{"expert" if wide.moe else "fsdp": 4})
+    wide = replace(model, num_layers=1, dim=512, hidden_dim=2048, num_heads=4, head_dim=128, vocab_size=1024)
+    job = _job(wide, remat, rows=4, length=256, factor=1.25, **{"expert" if wide.moe else "fsdp": 4})
     execution = replace(EXECUTION, remat=remat)
-    job = replace(job, execution=execution, dispatch=Dispatch(capacity_factor=1.25), loss_chunk=8 * 512, platform="tpu")
+    job = replace(job, execution=execution, dispatch=Dispatch(capacity_factor=1.25), loss_chunk=256, platform="tpu")
     assert job.kernel == "splash"
     counted = sum(each.flops for each in counts.training_work(job) if each.name != "attention")
     mesh = make_mesh(job.mesh, devices(topology("v5p:2x2x1")))
     with jax.set_mesh(mesh):
         compiled = compile_ahead(lower(training_program(job, mesh)))
-    assert compiled.cost_analysis()["flops"] == pytest.approx(counted, rel=0.03)
+    assert compiled.cost_analysis()["flops"] == pytest.approx(counted, rel=0.02)
 
 
 def _unrolled_map(function, inputs):
