@@ -245,15 +245,17 @@ def over_parts(function: Callable, layouts: Any, axes: tuple[str, ...]) -> Calla
         parts.
       layouts: a PartitionSpec for each weight, over the axes.
     """
-    if current_mesh() is None:
+    mesh = current_mesh()
+    if mesh is None:
         return function
+    # All of the mesh's, though it is whole on the others: kernels the compiler can't divide.
+    names = set(mesh.axis_names)
 
     def run(*arguments: Any) -> Any:
         def part(*given: Any) -> Any:
             return jax.tree.map(lambda each: jax.lax.psum(each, axes), function(*given))
 
         specs = (*(PartitionSpec() for _ in arguments[:-1]), layouts)
-        names = set(axes)
         mapped = jax.shard_map(part, in_specs=specs, out_specs=PartitionSpec(), axis_names=names, check_vma=False)
         return mapped(*arguments)
 

@@ -1,12 +1,14 @@
 """Weights in the form that decodes fastest: each layer's, and each expert's, arrays of their own.
 
 Slices of a stack are copied before a product reads them; arrays of their own are read in place, and an expert that no
-token chose is not read at all.
+token chose is not read at all. The kernel for GPUs finds an expert in a stack by itself: there a layer's are one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,17 +18,17 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mixtral_jax.config import Execution, ModelConfig
-from mixtral_jax.model.backends import few_rows
+from mixtral_jax.model.backends import experts_gpu, few_rows
 from mixtral_jax.model.backends.few_rows import ByOutput, by_output
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.tensors import Tensor, assign, look_up, tensors
 from mixtral_jax.quantization import FLOAT32, Bits, is_quantized, quantize, scale_shape
 from mixtral_jax.sharding.axes import Names
+from mixtral_jax.sharding.chips import computes_on_old_gpu
 from mixtral_jax.sharding.partition import check_divisible, place
 from mixtral_jax.sharding.rules import DECODING
 
-_EXPERT_WEIGHTS = ("gate", "up", "down")
 _OTHER_FORMS = Quantized | ByOutput
 """What a matrix may be instead of an array."""
 
@@ -67,30 +69,59 @@ def assemble(
     """
     if mesh is not None:
         _check_divides(config, mesh, quantize_to)
-    prepared = arrange(config, lambda tensor: _put(read(tensor), tensor, execution, mesh, quantize_to))
+    form = execution, mesh, quantize_to
+
+    def stack_of(each: Sequence[Tensor]) -> Any:
+        return _put_stack([read(tensor) for tensor in each], each[0], *form)
+
+    stacked = stack_of if stacks_experts(config, *form) else None
+    prepared = arrange(config, lambda tensor: _put(read(tensor), tensor, *form), stacked)
     if config.tie_embeddings and _lies_by_output(mesh):
         return prepared._replace(unembedding_DV=ByOutput(prepared.embedding_VD, inputs=1))
     return prepared
 
 
-def arrange(config: ModelConfig, leaf_of: Callable[[Tensor], Any]) -> Prepared:
-    """The tree of a model's weights, each leaf as the function gives it."""
+def stacks_experts(config: ModelConfig, execution: Execution, mesh: Mesh | None, quantize_to: Bits | None) -> bool:
+    """Whether a layer's experts are one stack, as the kernel for GPUs takes them."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if config.moe is None or platform not in ("gpu", "cuda") or computes_on_old_gpu():
+        return False
+    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in DECODING.mesh_axes("hidden"))
+    widths = config.dim, config.hidden_dim // parts
+    return experts_gpu.suits(execution.product_dtype, quantize_to or execution.held_dtype, widths)
+
+
+def arrange(
+    config: ModelConfig,
+    leaf_of: Callable[[Tensor], Any],
+    stack_of: Callable[[Sequence[Tensor]], Any] | None = None,
+) -> Prepared:
+    """The tree of a model's weights, each leaf as the functions give it.
+
+    Args:
+      stack_of: what is to be in the place of a layer's experts' tensors of one name; None: each is a leaf.
+    """
     top: dict[str, Any] = {}
     layers: list[dict[str, Any]] = [{"params": {}} for _ in range(config.num_layers)]
-    experts: dict[tuple[int, int], dict[str, Any]] = {}
-    for tensor in tensors(config):
-        leaf = leaf_of(tensor)
-        if tensor.layer is None:
-            assign(top, tensor.path, leaf)
-        elif tensor.expert is None:
-            form = "prepared" if isinstance(leaf, _OTHER_FORMS) else "params"
-            assign(layers[tensor.layer].setdefault(form, {}), tensor.path[1:], leaf)
+    experts: dict[int, dict[str, Any]] = {}
+    # A layer's tensors of one name follow each other, one expert's after another's.
+    for (path, layer), run in itertools.groupby(tensors(config), lambda tensor: (tensor.path, tensor.layer)):
+        each = list(run)
+        if layer is None:
+            assign(top, path, leaf_of(each[0]))
+        elif each[0].expert is None:
+            leaf = leaf_of(each[0])
+            assign(
+                layers[layer].setdefault("prepared" if isinstance(leaf, _OTHER_FORMS) else "params", {}), path[1:], leaf
+            )
         else:
-            experts.setdefault((tensor.layer, tensor.expert), {})[tensor.path[-1]] = leaf
-    if config.moe is not None:
-        for index, layer in enumerate(layers):
-            each = tuple(SwiGLU(**experts[index, number]) for number in range(config.moe.num_experts))
-            assign(layer.setdefault("prepared", {}), ("moe", "experts"), each)
+            experts.setdefault(layer, {})[path[-1]] = (
+                stack_of(each) if stack_of else [leaf_of(tensor) for tensor in each]
+            )
+    for layer, named in experts.items():
+        stack = SwiGLU(**named)
+        prepared = stack if stack_of else tuple(map(SwiGLU, *stack))
+        assign(layers[layer].setdefault("prepared", {}), ("moe", "experts"), prepared)
     return Prepared(top["embedding"], tuple(layers), top["norm"], top.get("unembedding"))
 
 
@@ -98,18 +129,37 @@ def _put(
     whole: Any, tensor: Tensor, execution: Execution, mesh: Mesh | None, quantize_to: Bits | None
 ) -> jax.Array | Quantized | ByOutput:
     """A tensor on the devices, in the form that is computed with."""
-    if quantize_to is not None and is_quantized(tensor) and not isinstance(whole, Quantized):
-        whole = quantize(whole, tensor, quantize_to)
+    whole, dtype = _quantized(whole, tensor, quantize_to), computed_dtype(tensor, execution)
     if isinstance(whole, Quantized):
         lies_by_output = whole.values.dtype == np.int8 and _lies_by_output(mesh)
         form = by_output(whole, tensor.inputs) if lies_by_output else whole
         return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), form)
-    whole, dtype = np.asarray(whole), computed_dtype(tensor, execution)
     if is_quantized(tensor) and _lies_by_output(mesh):
         # One that came in bfloat16 is as exact in it, whatever it is multiplied in.
         dtype = jnp.dtype(jnp.bfloat16) if whole.dtype == jnp.bfloat16 else dtype
         return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, dtype), by_output(whole, tensor.inputs))
     return _on_devices(whole, tensor, mesh, dtype)
+
+
+def _put_stack(
+    wholes: Sequence[Any], tensor: Tensor, execution: Execution, mesh: Mesh | None, quantize_to: Bits | None
+) -> jax.Array | Quantized:
+    """A layer's experts' tensors of one name, of which `tensor` is the first, as one on the devices."""
+
+    def put(*leaves: np.ndarray) -> jax.Array:
+        dtype = leaves[0].dtype if quantize_to else computed_dtype(tensor, execution)
+        return _on_devices(np.stack([np.asarray(leaf, dtype) for leaf in leaves]), tensor, mesh, dtype)
+
+    return jax.tree.map(put, *(_quantized(whole, tensor, quantize_to) for whole in wholes))
+
+
+def _quantized(whole: Any, tensor: Tensor, quantize_to: Bits | None) -> np.ndarray | Quantized:
+    """A tensor on the host, in the bits wanted, or as it comes."""
+    if isinstance(whole, Quantized):
+        return whole
+    if quantize_to is not None and is_quantized(tensor):
+        return quantize(whole, tensor, quantize_to)
+    return np.asarray(whole)
 
 
 def _lies_by_output(mesh: Mesh | None) -> bool:
@@ -124,9 +174,11 @@ def computed_dtype(tensor: Tensor, execution: Execution) -> jnp.dtype:
 
 
 def _on_devices(array: np.ndarray, tensor: Tensor, mesh: Mesh | None, dtype: DTypeLike) -> jax.Array:
+    """A tensor, or the experts' in a stack."""
     if mesh is None:
         return jnp.asarray(np.ascontiguousarray(array, dtype))
-    return place(array, axes(tensor, array.shape), DECODING, mesh, dtype)
+    names = axes(tensor, array.shape[-len(tensor.axes) :])
+    return place(array, names if array.ndim == len(names) else ("experts", *names), DECODING, mesh, dtype)
 
 
 def axes(tensor: Tensor, shape: tuple[int, ...]) -> Names:
@@ -170,6 +222,7 @@ def _public_layer(layer: dict[str, Any]) -> dict[str, Any]:
     for name, leaves in layer.get("prepared", {}).items():
         experts = leaves.get("experts")
         if experts is not None:
-            leaves = {each: jnp.stack([getattr(expert, each) for expert in experts]) for each in _EXPERT_WEIGHTS}
+            stack = experts if isinstance(experts, SwiGLU) else jax.tree.map(lambda *each: jnp.stack(each), *experts)
+            leaves = stack._asdict()
         public.setdefault(name, {}).update(leaves)
     return public

@@ -137,7 +137,7 @@ class MoE(nn.Module):
     def _by_need(
         self, x_BTD: jax.Array, expert_BTA: jax.Array, gate_BTA: jax.Array, mask_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """What apply_experts does, with the experts that inference prepared, each an array of its own."""
+        """What apply_experts does, with the experts that inference prepared, see `by_need`."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(self.execution.product_dtype)
         expert_NA, gate_NA = (each.reshape(x_ND.shape[0], -1) for each in (expert_BTA, gate_BTA))
         experts = self.get_variable("prepared", "experts")
@@ -176,17 +176,17 @@ class MoE(nn.Module):
         return over_tokens(serve, AXES, self.rules, split=("hidden",))
 
 
-def _layouts(experts: tuple[SwiGLU, ...], axes: tuple[str, ...]) -> Any:
+def _layouts(experts: tuple[SwiGLU, ...] | SwiGLU, axes: tuple[str, ...]) -> Any:
     """The layout of each leaf of prepared experts, whose hidden width is split over the axes.
 
     Of a quantised matrix, scales that are the same for the whole width have nothing to split.
     """
 
     def layout(name: str, leaf: jax.Array) -> PartitionSpec:
-        hidden = 0 if name == "down" else 1
-        return PartitionSpec() if leaf.shape[hidden] == 1 else PartitionSpec(*[None] * hidden, axes)
+        hidden = -2 if name == "down" else -1
+        return PartitionSpec() if leaf.shape[hidden] == 1 else PartitionSpec(*[None] * (leaf.ndim + hidden), axes)
 
-    return tuple(
-        SwiGLU(**{name: jax.tree.map(partial(layout, name), getattr(each, name)) for name in SwiGLU._fields})
-        for each in experts
-    )
+    def layouts(each: SwiGLU) -> SwiGLU:
+        return SwiGLU(**{name: jax.tree.map(partial(layout, name), getattr(each, name)) for name in SwiGLU._fields})
+
+    return layouts(experts) if isinstance(experts, SwiGLU) else tuple(map(layouts, experts))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.inference import decode
 from mixtral_jax.inference.sampling import SamplingConfig
-from mixtral_jax.inference.weights import Prepared, arrange, axes, computed_dtype
+from mixtral_jax.inference.weights import Prepared, arrange, axes, computed_dtype, stacks_experts
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.cache import Cache, empty_cache, num_slots
 from mixtral_jax.model.tensors import Tensor
@@ -194,7 +195,15 @@ def abstract_weights(job: Job, mesh: Mesh) -> Prepared:
         scale = shaped(tensor, scale_shape(tensor, job.quantize), jnp.float32)
         return Quantized(shaped(tensor, tensor.shape, DTYPES[job.quantize]), scale)
 
-    return arrange(job.model, leaf_of)
+    def stack_of(each: Sequence[Tensor]) -> Any:
+        def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            layout = NamedSharding(mesh, DECODING.storage(("experts", *axes(each[0], leaf.shape))))
+            return jax.ShapeDtypeStruct((len(each), *leaf.shape), leaf.dtype, sharding=layout)
+
+        return jax.tree.map(stacked, leaf_of(each[0]))
+
+    stacks = stacks_experts(job.model, job.execution, mesh, job.quantize)
+    return arrange(job.model, leaf_of, stack_of if stacks else None)
 
 
 def abstract_cache(job: Job, mesh: Mesh) -> Cache:

@@ -1,5 +1,8 @@
 """Prepared weights."""
 
+import contextlib
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,9 +11,15 @@ import pytest
 from oracles import tiny
 
 from mixtral_jax.config import Execution
-from mixtral_jax.inference.weights import prepare, restore
-from mixtral_jax.model.backends import few_rows
+from mixtral_jax.inference import weights as w
+from mixtral_jax.inference.decode import forward
+from mixtral_jax.inference.weights import assemble, prepare, restore, stacks_experts
+from mixtral_jax.model.backends import experts_gpu, few_rows
 from mixtral_jax.model.backends.few_rows import ByOutput
+from mixtral_jax.model.cache import empty_cache
+from mixtral_jax.model.feed_forward import SwiGLU
+from mixtral_jax.model.tensors import look_up
+from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
 
 @pytest.fixture(params=[True, False], ids=["fast-bfloat16", "slow-bfloat16"])
@@ -68,3 +77,58 @@ def test_a_tied_embedding_lies_by_output_as_it_is(dtype, fast):
     prepared = prepare(tiny.params(config), config, Execution(weight_dtype=dtype))
     assert prepared.embedding_VD.dtype == dtype
     assert prepared.unembedding_DV is None if fast else prepared.unembedding_DV.values is prepared.embedding_VD
+
+
+WIDE = {"dim": 64, "hidden_dim": 128}
+SHORT = Execution(product_dtype="bfloat16")
+
+
+@pytest.fixture
+def stacked(monkeypatch):
+    """As on a GPU, whose kernel runs step by step."""
+    monkeypatch.setattr(w, "stacks_experts", lambda *_: True)
+    monkeypatch.setattr(experts_gpu, "by_need", partial(experts_gpu.by_need, interpret=True))
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "fp8"])
+@pytest.mark.parametrize("axes", [None, {"data": 2, "tensor": 2}], ids=["one device", "mesh"])
+def test_experts_in_a_stack_are_the_same_experts(monkeypatch, stacked, axes, bits):
+    """To the weights bitwise, and to a step over them but for what the kernel does not round."""
+    config = tiny.config("mixtral", **WIDE)
+    params = tiny.params(config)
+    mesh = None if axes is None else make_mesh(MeshConfig(**axes), jax.devices()[:4])
+
+    def found(tokens):
+        weights = assemble(lambda tensor: look_up(params, tensor), config, SHORT, mesh, bits)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            cache = empty_cache(config, *tokens.shape[:1], 16, "bfloat16")
+            step = jax.jit(lambda weights: forward(weights, tokens, tokens >= 0, cache, config, SHORT)[0])
+            return weights, step(weights)
+
+    for tokens in (jnp.arange(6).reshape(3, 2), jnp.array([[5]])):
+        stack, ours = found(tokens)
+        assert isinstance(stack.layers[1]["prepared"]["moe"]["experts"], SwiGLU)
+        with monkeypatch.context() as patch:
+            patch.setattr(w, "stacks_experts", lambda *_: False)
+            apart, expected = found(tokens)
+        assert len(apart.layers[1]["prepared"]["moe"]["experts"]) == 4
+        chex.assert_trees_all_equal(restore(stack), restore(apart))
+        chex.assert_trees_all_close(ours, expected, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "execution", "bits", "stacks"),
+    [
+        ("gpu", {}, SHORT, None, True),
+        ("cuda", {}, SHORT, "int8", True),
+        ("gpu", {}, SHORT, "int4", False),
+        ("gpu", {}, Execution(), None, False),
+        ("gpu", {"hidden_dim": 96}, SHORT, None, False),
+        ("cpu", {}, SHORT, None, False),
+        ("tpu", {}, SHORT, None, False),
+    ],
+)
+def test_where_experts_are_in_a_stack(monkeypatch, platform, changes, execution, bits, stacks):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert stacks_experts(tiny.config("mixtral", **WIDE | changes), execution, None, bits) is stacks
+    assert not stacks_experts(tiny.config("mistral", **WIDE), execution, None, bits)

@@ -140,7 +140,10 @@ def _serving(axes, bits, kept, layers=2):
 
 
 @pytest.mark.parametrize("bits", [None, "int8", "int4", "fp8"])
-def test_weights_are_laid_out_as_inference_lays_them(bits):
+@pytest.mark.parametrize("stacked", [False, True], ids=["apart", "as on a GPU"])
+def test_weights_are_laid_out_as_inference_lays_them(monkeypatch, stacked, bits):
+    for module in ("inference.weights", "planning.compile"):
+        monkeypatch.setattr(f"mixtral_jax.{module}.stacks_experts", lambda *_: stacked)
     job = replace(_job(serve=True, fsdp=2, expert=2, tensor=2), quantize=bits)
     mesh = make_mesh(job.mesh, jax.devices())
     real = assemble(lambda tensor: jax.numpy.zeros(tensor.shape), MODEL, SHORT, mesh, bits)

@@ -125,7 +125,7 @@ for heads, mesh, kept in ((1, {}, None), (2, {}, "int8"), (2, {"tensor": 2}, Non
     # No second cache, and but once what a layer makes.
     print("served", decode.memory["temporaries"] < few_decode.memory["cache"] / 2,
           prefill.memory["temporaries"] < 1.2 * few_prefill.memory["temporaries"],
-          all("cached_attention" in program for program in programs))
+          all(name in program for program in programs for name in ("cached_attention", "chosen_experts")))
 """
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.config import Execution
+from mixtral_jax.model.backends import experts_gpu
 from mixtral_jax.model.backends.few_rows import ByOutput, is_wide
 from mixtral_jax.model.dispatch import combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
@@ -28,7 +29,7 @@ def by_need(
     expert_NA: jax.Array,
     gate_NA: jax.Array,
     mask_N: jax.Array,
-    experts: tuple[SwiGLU, ...],
+    experts: tuple[SwiGLU, ...] | SwiGLU,
     execution: Execution,
 ) -> jax.Array:
     """Each token through its chosen experts, the gates' sum of their results: float32 [N, D].
@@ -37,7 +38,10 @@ def by_need(
       expert_NA: int32, the chosen experts.
       gate_NA: float32.
       mask_N: bool; tokens that are not real get zeros, and no expert is read for them.
+      experts: each one's weights; or all in a stack, for the kernel of GPUs.
     """
+    if isinstance(experts, SwiGLU):
+        return experts_gpu.by_need(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
     if x_ND.shape[0] == 1:
         return one_row(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
     inputs = x_ND, expert_NA, gate_NA, mask_N

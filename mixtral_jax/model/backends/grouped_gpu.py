@@ -13,7 +13,7 @@ counted from each expert's first one, and what a tile's last rows are of the nex
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,16 +49,16 @@ def product(
     """
     num_rows, depth = x_MD.shape
     width = w_EDF.shape[1 if transposed else 2]
-    tiles = -(-(num_rows // TILE + sizes_E.shape[0]) // _TOGETHER) * _TOGETHER
+    count = -(-(num_rows // TILE + sizes_E.shape[0]) // _TOGETHER) * _TOGETHER
     kernel = partial(_product_kernel, depth=depth, across=width // TILE, transposed=transposed)
     y_MF: jax.Array = pl.pallas_call(
         kernel,
-        grid=(tiles * (width // TILE),),
+        grid=(count * (width // TILE),),
         out_shape=jax.ShapeDtypeStruct((num_rows, width), jnp.float32),
         compiler_params=_PARAMS,
         interpret=interpret,
         name="grouped_product",
-    )(*_tiles(sizes_E, tiles, num_rows), x_MD, w_EDF)
+    )(*tiles(sizes_E, count, num_rows), x_MD, w_EDF)
     return y_MF
 
 
@@ -78,20 +78,30 @@ def weight_gradient(x_MD: jax.Array, gradient_MF: jax.Array, sizes_E: jax.Array,
     return gradient_EDF
 
 
-def _tiles(sizes_E: jax.Array, count: int, num_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """int32, of each tile of rows its expert, its first row, and where its expert's rows end; tiles that are not
-    needed begin at the end."""
+class Tiles(NamedTuple):
+    """int32 [J]: of each tile of rows its expert, its first row, and where its expert's rows end. A tile that begins
+    there has none."""
+
+    expert_J: jax.Array
+    row_J: jax.Array
+    end_J: jax.Array
+
+
+def tiles(sizes_E: jax.Array, count: int, num_rows: int, rows: int = TILE) -> Tiles:
+    """So many tiles, of so many rows each, of experts that have these sizes; those that are not needed are the last."""
     ends_E = jnp.cumsum(sizes_E)
-    tiles_E = -(-sizes_E // TILE)
+    tiles_E = -(-sizes_E // rows)
     last_E = jnp.cumsum(tiles_E)
     number = jnp.arange(count)
-    expert = jnp.minimum(jnp.searchsorted(last_E, number, side="right"), sizes_E.shape[0] - 1).astype(jnp.int32)
+    # By comparisons: to search by halves is a loop, around which the GPU waits for the host.
+    expert = jnp.searchsorted(last_E, number, side="right", method="compare_all")
+    expert = jnp.minimum(expert, sizes_E.shape[0] - 1).astype(jnp.int32)
     end = jnp.minimum(ends_E[expert], num_rows)  # beyond it nothing is read or written, whatever the sizes
-    row = (ends_E - sizes_E)[expert] + (number - (last_E - tiles_E)[expert]) * TILE
-    return expert, jnp.minimum(row, end).astype(jnp.int32), end.astype(jnp.int32)
+    row = (ends_E - sizes_E)[expert] + (number - (last_E - tiles_E)[expert]) * rows
+    return Tiles(expert, jnp.minimum(row, end).astype(jnp.int32), end.astype(jnp.int32))
 
 
-def _place(program: Any, together: int, across: int) -> tuple[Any, Any]:
+def place(program: Any, together: int, across: int) -> tuple[Any, Any]:
     """A program's tile, down and across: so many rows of tiles are taken together, column by column."""
     group, rest = program // (together * across), program % (together * across)
     return group * together + rest % together, rest // together
@@ -101,7 +111,7 @@ def _product_kernel(
     expert_ref: Any, row_ref: Any, end_ref: Any, x_ref: Any, w_ref: Any, y_ref: Any, *, depth: int, across: int,
     transposed: bool,
 ) -> None:  # fmt: skip
-    tile, column = _place(pl.program_id(0), _TOGETHER, across)
+    tile, column = place(pl.program_id(0), _TOGETHER, across)
     expert, row, end = (triton.load(ref.at[tile]) for ref in (expert_ref, row_ref, end_ref))
     own_R1 = (row + jnp.arange(TILE) < end)[:, None]
     columns = pl.ds(column * TILE, TILE)
@@ -123,7 +133,7 @@ def _gradient_kernel(
     start_ref: Any, end_ref: Any, x_ref: Any, gradient_ref: Any, y_ref: Any, *, down: int, across: int
 ) -> None:
     expert = pl.program_id(1)
-    tile, column = _place(pl.program_id(0), next(each for each in (_TOGETHER, 4, 2, 1) if down % each == 0), across)
+    tile, column = place(pl.program_id(0), next(each for each in (_TOGETHER, 4, 2, 1) if down % each == 0), across)
     start, end = (triton.load(ref.at[expert]) for ref in (start_ref, end_ref))
     down_slice, across_slice = pl.ds(tile * TILE, TILE), pl.ds(column * TILE, TILE)
 

@@ -48,7 +48,7 @@ def test_weight_gradients(sizes):
 def test_sizes_beyond_the_rows_reach_no_further():
     x, dy, w = _normal(ROWS, DIM), _normal(ROWS, HIDDEN, seed=2), _normal(1, DIM, HIDDEN, seed=1)
     sizes = jnp.asarray([ROWS + 300])
-    _, row, end = grouped_gpu._tiles(sizes, 16, ROWS)
+    _, row, end = grouped_gpu.tiles(sizes, 16, ROWS)
     assert (row <= ROWS).all()
     assert (end <= ROWS).all()
     y = grouped_gpu.product(x, w, sizes, interpret=True)
@@ -59,7 +59,7 @@ def test_sizes_beyond_the_rows_reach_no_further():
 
 def test_each_tile_of_a_result_is_computed_once():
     for down, across in ((8, 3), (16, 2)):
-        places = [grouped_gpu._place(program, 8, across) for program in range(down * across)]
+        places = [grouped_gpu.place(program, 8, across) for program in range(down * across)]
         assert sorted(places) == [(tile, column) for tile in range(down) for column in range(across)]
 
 
