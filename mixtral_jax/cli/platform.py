@@ -65,6 +65,9 @@ def start(device: str | None) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixtral-jax" / "programs"
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # Of a second, jax's own choice, the small programs around a first token are compiled at each start.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     try:
         jax.devices()
     except RuntimeError as error:

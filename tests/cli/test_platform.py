@@ -16,3 +16,20 @@ def test_programs_are_kept_but_for_several_devices_of_a_cpu(devices, kept, monke
         assert jax.config.jax_enable_compilation_cache == kept
     finally:
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+def test_small_programs_are_kept_too(given, monkeypatch):
+    name = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+    monkeypatch.setattr(platform, "reuse_memory", lambda: None)
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        platform.start("cpu")
+        kept_from = jax.config.jax_persistent_cache_min_compile_time_secs
+        assert kept_from == (before if given else 0.1)
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+        jax.config.update("jax_enable_compilation_cache", False)
