@@ -111,13 +111,11 @@ def arrange(
             assign(top, path, leaf_of(each[0]))
         elif each[0].expert is None:
             leaf = leaf_of(each[0])
-            assign(
-                layers[layer].setdefault("prepared" if isinstance(leaf, _OTHER_FORMS) else "params", {}), path[1:], leaf
-            )
+            form = "prepared" if isinstance(leaf, _OTHER_FORMS) else "params"
+            assign(layers[layer].setdefault(form, {}), path[1:], leaf)
         else:
-            experts.setdefault(layer, {})[path[-1]] = (
-                stack_of(each) if stack_of else [leaf_of(tensor) for tensor in each]
-            )
+            found = stack_of(each) if stack_of else [leaf_of(tensor) for tensor in each]
+            experts.setdefault(layer, {})[path[-1]] = found
     for layer, named in experts.items():
         stack = SwiGLU(**named)
         prepared = stack if stack_of else tuple(map(SwiGLU, *stack))
