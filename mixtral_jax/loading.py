@@ -55,7 +55,8 @@ def load(
       quantize: the layers' matrices and the unembedding as int8 or fp8, a scale a channel, or as int4, a scale a group;
         each tensor as it is read. None: as they are stored, where `convert --quantize` wrote them.
       mesh: the devices to spread the weights over, with any of the axes `fsdp`, `expert` and `tensor`: heads lie over
-        `tensor`, feed-forwards, experts and the vocabulary over all three. A tensor goes to its shards as it is read.
+        `tensor`, feed-forwards, experts and the vocabulary over all three. A tensor goes to its shards as it is read, a
+        GPU's experts a layer at a time.
       cache_dtype: of the keys and values that are kept; None: `dtype`. int8 has a scale for each token and head.
 
     Warns of what the files left unsaid, such as a GGUF of its window.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +72,7 @@ def assemble(
     form = execution, mesh, quantize_to
 
     def stack_of(each: Sequence[Tensor]) -> Any:
-        return _put_stack([read(tensor) for tensor in each], each[0], *form)
+        return _put_stack(map(read, each), each, *form)
 
     stacked = stack_of if stacks_experts(config, *form) else None
     prepared = arrange(config, lambda tensor: _put(read(tensor), tensor, *form), stacked)
@@ -88,7 +88,9 @@ def stacks_experts(config: ModelConfig, execution: Execution, mesh: Mesh | None,
         return False
     parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in DECODING.mesh_axes("hidden"))
     widths = config.dim, config.hidden_dim // parts
-    return experts_gpu.suits(execution.product_dtype, quantize_to or execution.held_dtype, widths)
+    return experts_gpu.suits(
+        execution.product_dtype, quantize_to or execution.held_dtype, config.moe.num_experts, widths
+    )
 
 
 def arrange(
@@ -140,15 +142,21 @@ def _put(
 
 
 def _put_stack(
-    wholes: Sequence[Any], tensor: Tensor, execution: Execution, mesh: Mesh | None, quantize_to: Bits | None
+    wholes: Iterable[Any], each: Sequence[Tensor], execution: Execution, mesh: Mesh | None, quantize_to: Bits | None
 ) -> jax.Array | Quantized:
-    """A layer's experts' tensors of one name, of which `tensor` is the first, as one on the devices."""
+    """A layer's experts' tensors of one name as one on the devices; the host holds that one, and of the others one."""
 
-    def put(*leaves: np.ndarray) -> jax.Array:
-        dtype = leaves[0].dtype if quantize_to else computed_dtype(tensor, execution)
-        return _on_devices(np.stack([np.asarray(leaf, dtype) for leaf in leaves]), tensor, mesh, dtype)
+    def room(leaf: np.ndarray) -> np.ndarray:
+        dtype = leaf.dtype if quantize_to else computed_dtype(each[0], execution)
+        return np.empty((len(each), *leaf.shape), dtype)
 
-    return jax.tree.map(put, *(_quantized(whole, tensor, quantize_to) for whole in wholes))
+    stack: Any = None
+    for index, whole in enumerate(wholes):
+        own = _quantized(whole, each[0], quantize_to)
+        stack = jax.tree.map(room, own) if stack is None else stack
+        for rows, leaf in zip(jax.tree.leaves(stack), jax.tree.leaves(own), strict=True):
+            rows[index] = leaf
+    return jax.tree.map(lambda rows: _on_devices(rows, each[0], mesh, rows.dtype), stack)
 
 
 def _quantized(whole: Any, tensor: Tensor, quantize_to: Bits | None) -> np.ndarray | Quantized:

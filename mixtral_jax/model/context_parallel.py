@@ -109,7 +109,8 @@ def attention_to_cache(
     dtype, given = execution.product_dtype, (q_BTKGH, k_BKSH, v_BKSH, seen)
     shards = num_parts("kv_heads", rules)
     by_xla = partial(cached.cached_attention, chunk=execution.attention_chunk, product_dtype=dtype, shards=shards)
-    if not has_kernel_for_cache(execution, q_BTKGH.shape[-1], platform()) or computes_on_old_gpu():
+    has_kernel = has_kernel_for_cache(execution, q_BTKGH.shape[-1], platform()) and not computes_on_old_gpu()
+    if not (has_kernel and flash_decoding.can_address(k_BKSH, seen, shards)):
         return by_xla(*given)
     kernel = over_heads(partial(flash_decoding.cached_attention, product_dtype=dtype), rules)
     mixed_BTKGH: jax.Array = jax.lax.platform_dependent(*given, cuda=kernel, default=by_xla)
@@ -117,7 +118,7 @@ def attention_to_cache(
 
 
 def over_heads(kernel: Callable[..., jax.Array], rules: Rules) -> Callable[..., jax.Array]:
-    """Attention to a cache, each device of the current mesh its own heads: a kernel, the compiler can't divide."""
+    """Attention to a cache, each device of the current mesh its own heads: the compiler can't divide a kernel."""
     if current_mesh() is None:
         return kernel
     queries = rules.use(("batch", "length", "kv_heads"))

@@ -1,7 +1,8 @@
 """The single tensors of a model: the parameter tree without its stacks, as published files hold it.
 
 The tree stacks layers and experts, [L, E, D, F]; a file has a matrix for each. Weights travel between files and devices
-as single tensors, so that no stack is ever whole in the host's memory.
+as single tensors, so that no stack is ever whole in the host's memory, but for a layer's experts that are one array on
+a GPU.
 """
 
 from __future__ import annotations

@@ -267,12 +267,14 @@ def _serving(job: Job) -> Memory:
 
 
 def _attention_to_cache(job: Job, chunk: int) -> float:
-    """Scores, and what they weigh: of all blocks so far, and of one. Of a kernel what it gives, and that divided."""
+    """Scores, and what they weigh: of all blocks so far, and of one. Of a kernel what it gives, and that divided; and
+    who sees whom, twice, which no scores dwarf there."""
     model, heads = job.model, job.rows * job.model.num_heads // job.mesh.tensor
-    if has_kernel_for_cache(job.execution, model.head_dim, job.platform):
-        return _FLOAT * heads * chunk * 2 * model.head_dim
     slots = num_slots(model, job.length)
-    keys = slots_at_once(slots if model.sliding_window is None else slots + chunk, job.platform)
+    slots += 0 if model.sliding_window is None else chunk
+    if has_kernel_for_cache(job.execution, model.head_dim, job.platform):
+        return _FLOAT * heads * chunk * 2 * model.head_dim + 2 * job.rows * chunk * slots
+    keys = slots_at_once(slots, job.platform)
     queries = queries_at_once(min(chunk, job.execution.attention_chunk), heads * keys)
     return _FLOAT * heads * queries * (2 * keys + 3 * model.head_dim)
 

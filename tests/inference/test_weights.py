@@ -14,7 +14,7 @@ from mixtral_jax.config import Execution
 from mixtral_jax.inference import weights as w
 from mixtral_jax.inference.decode import forward
 from mixtral_jax.inference.weights import assemble, prepare, restore, stacks_experts
-from mixtral_jax.model.backends import experts_gpu, few_rows
+from mixtral_jax.model.backends import by_need, experts_gpu, few_rows
 from mixtral_jax.model.backends.few_rows import ByOutput
 from mixtral_jax.model.cache import empty_cache
 from mixtral_jax.model.feed_forward import SwiGLU
@@ -87,7 +87,7 @@ SHORT = Execution(product_dtype="bfloat16")
 def stacked(monkeypatch):
     """As on a GPU, whose kernel runs step by step."""
     monkeypatch.setattr(w, "stacks_experts", lambda *_: True)
-    monkeypatch.setattr(experts_gpu, "by_need", partial(experts_gpu.by_need, interpret=True))
+    monkeypatch.setattr(by_need, "_of_a_stack", partial(experts_gpu.by_need, interpret=True))
 
 
 @pytest.mark.parametrize("bits", [None, "int8", "fp8"])

@@ -1,4 +1,5 @@
 """Experts for inference: each expert's weights are arrays of their own, and only those that some token chose are read.
+On NVIDIA GPUs a kernel does that, of a stack, see `experts_gpu`; the rest of this is for where there is none.
 
 One token goes to the experts that it chose, and no other is asked. Few go through each chosen expert together, all of
 them, since the weights are what costs. Many are sorted by expert and taken a block at a time; and so are few on a CPU,
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,7 @@ def by_need(
       experts: each one's weights; or all in a stack, for the kernel of GPUs.
     """
     if isinstance(experts, SwiGLU):
-        return experts_gpu.by_need(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
+        return _of_a_stack(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
     if x_ND.shape[0] == 1:
         return one_row(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
     inputs = x_ND, expert_NA, gate_NA, mask_N
@@ -55,6 +57,26 @@ def by_need(
         return anywhere(*inputs)
     in_blocks = partial(sorted_rows, experts=experts, execution=execution, block=on_cpu)
     y_ND: jax.Array = jax.lax.platform_dependent(*inputs, cpu=in_blocks, default=anywhere)
+    return y_ND
+
+
+def _of_a_stack(
+    x_ND: jax.Array,
+    expert_NA: jax.Array,
+    gate_NA: jax.Array,
+    mask_N: jax.Array,
+    stack: SwiGLU,
+    execution: Execution,
+) -> jax.Array:
+    """`by_need` by the kernel; elsewhere than on the GPUs that it is for, the experts are taken apart."""
+
+    def apart(x_ND: jax.Array, expert_NA: jax.Array, gate_NA: jax.Array, mask_N: jax.Array, stack: SwiGLU) -> jax.Array:
+        experts = tuple(jax.tree.map(itemgetter(index), stack) for index in range(stack.gate.shape[0]))
+        return by_need(x_ND, expert_NA, gate_NA, mask_N, experts, execution)
+
+    kernel = partial(experts_gpu.by_need, execution=execution)
+    inputs = x_ND, expert_NA, gate_NA, mask_N, stack
+    y_ND: jax.Array = jax.lax.platform_dependent(*inputs, cuda=kernel, default=apart)
     return y_ND
 
 

@@ -1,5 +1,6 @@
-"""Attention to a cache: a chunk of queries at a time, so that a long prompt's scores never exist at once, and, but on a
-GPU, a block of slots at a time, so that no scores are made of slots that hold nothing.
+"""Attention to a cache by XLA: a chunk of queries at a time, so that a long prompt's scores never exist at once, and,
+but on a GPU, a block of slots at a time, so that no scores are made of slots that hold nothing. A GPU has a kernel for
+what it can take, see `flash_decoding`.
 
 How many blocks there are to see is known only when running. A block of finite values that a query sees nothing of
 changes its result by no bit: what a text gives does not depend on how far others have come.
@@ -31,7 +32,7 @@ class Seen(NamedTuple):
     visible_BTS: jax.Array
     """bool."""
     extent_B: jax.Array
-    """int32: all that a text's see is in so many slots, the first."""
+    """int32: all that the queries of a text see is in so many slots, the first."""
 
 
 def cached_attention(

@@ -9,6 +9,7 @@ what is summed over, and their parts are added afterwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from mixtral_jax.config import Execution
-from mixtral_jax.model.backends.grouped_gpu import Tiles, place, tiles
+from mixtral_jax.model.backends.grouped_gpu import Tiles, tile_of, tiles
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.dispatch import Slots, combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU
@@ -31,9 +32,10 @@ _PROGRAMS = 512  # about four for each of a large GPU's multiprocessors
 _TOGETHER = 8  # tiles one below the other that programs take after one another, so that they share what they read
 
 
-def suits(product_dtype: str, held: str, widths: Sequence[int]) -> bool:
+def suits(product_dtype: str, held: str, num_experts: int, widths: Sequence[int]) -> bool:
     """Whether the kernel takes these: products in bfloat16, of matrices held in it, in int8 or in fp8."""
-    fits = all(width % UNIT == 0 for width in widths)
+    # Triton counts the elements of an array in 32 bits, unless it has more than four GiB.
+    fits = all(width % UNIT == 0 for width in widths) and num_experts * math.prod(widths) < 1 << 31
     return product_dtype == "bfloat16" and held in ("bfloat16", "int8", "fp8") and fits
 
 
@@ -55,7 +57,7 @@ def by_need(
     num_experts = experts.gate.shape[0]
     rows = _rows_of_a_tile(expert_NA.size, num_experts)
     slots, where = _plan(expert_NA, mask_N, num_experts, rows)
-    through = partial(product, tiles=where, rows=rows, result_dtype=execution.activation_dtype, interpret=interpret)
+    through = partial(product, where=where, rows=rows, result_dtype=execution.activation_dtype, interpret=interpret)
     x_MD = spread(x_ND.astype(execution.product_dtype), slots)
     between_MF = jax.nn.silu(through(x_MD, experts.gate)) * through(x_MD, experts.up)
     return combine(through(between_MF.astype(execution.product_dtype), experts.down), gate_NA, slots)
@@ -82,7 +84,7 @@ def _plan(expert_NA: jax.Array, mask_N: jax.Array, num_experts: int, rows: int) 
 def product(
     x_MD: jax.Array,
     w_EDF: jax.Array | Quantized,
-    tiles: Tiles,
+    where: Tiles,
     rows: int,
     result_dtype: str,
     interpret: bool = False,
@@ -99,7 +101,7 @@ def product(
     """
     (num_rows, depth), width = x_MD.shape, w_EDF.shape[2]
     columns = rows if rows == _MOST_ROWS and width % rows == 0 else UNIT
-    across, count = width // columns, tiles.expert_J.shape[0]
+    across, count = width // columns, where.expert_J.shape[0]
     parts = _parts(count * across, depth // UNIT)
     values_EDF, scale_EF = (w_EDF.values, w_EDF.scale[:, 0]) if isinstance(w_EDF, Quantized) else (w_EDF, None)
     if values_EDF.dtype == jnp.float8_e4m3fn:
@@ -112,7 +114,7 @@ def product(
         compiler_params=triton.CompilerParams(num_warps=8 if rows == _MOST_ROWS else 4, num_stages=3),
         interpret=interpret,
         name="chosen_experts",
-    )(tiles, x_MD, values_EDF, scale_EF)
+    )(where, x_MD, values_EDF, scale_EF)
     return jnp.sum(y_PMF, axis=0).astype(result_dtype) if parts > 1 else y_PMF[0]
 
 
@@ -123,12 +125,12 @@ def _parts(programs: int, steps: int) -> int:
 
 
 def _kernel(
-    tiles: Any, x_ref: Any, w_ref: Any, scale_ref: Any, y_ref: Any, *, rows: int, columns: int, steps: int,
+    where: Any, x_ref: Any, w_ref: Any, scale_ref: Any, y_ref: Any, *, rows: int, columns: int, steps: int,
     across: int, together: int,
 ) -> None:  # fmt: skip
-    tile, column = place(pl.program_id(0), together, across)
+    tile, column = tile_of(pl.program_id(0), together, across)
     part = pl.program_id(1)
-    expert, row, end = (triton.load(ref.at[tile]) for ref in tiles)
+    expert, row, end = (triton.load(ref.at[tile]) for ref in where)
     own_R1 = (row + jnp.arange(rows) < end)[:, None]
     own_rows, own_columns = pl.ds(row, rows), pl.ds(column * columns, columns)
 

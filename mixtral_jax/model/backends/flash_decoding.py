@@ -37,6 +37,12 @@ def suits(head_dim: int, product_dtype: str, kept_dtype: str) -> bool:
     return head_dim in HEAD_DIMS and product_dtype == "bfloat16" and kept_dtype in ("bfloat16", "int8")
 
 
+def can_address(kept_BKSH: jax.Array | Quantized, seen: Seen, shards: int) -> bool:
+    """Whether the kernel finds all of a cache, whose heads so many devices share: Triton counts an array's elements in
+    32 bits, unless it has more than four GiB."""
+    return max(math.prod(kept_BKSH.shape) // shards, seen.visible_BTS.size) < 1 << 31
+
+
 def cached_attention(
     q_BTKGH: jax.Array,
     k_BKSH: jax.Array | Quantized,
@@ -45,7 +51,7 @@ def cached_attention(
     product_dtype: str,
     interpret: bool = False,
 ) -> jax.Array:
-    """What `cached.cached_attention` gives, on one device.
+    """What `cached.cached_attention` gives, on one device; of a query that sees nothing, some number.
 
     Args:
       k_BKSH, v_BKSH: numbers, or int8 with scales.

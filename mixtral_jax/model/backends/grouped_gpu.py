@@ -101,7 +101,7 @@ def tiles(sizes_E: jax.Array, count: int, num_rows: int, rows: int = TILE) -> Ti
     return Tiles(expert, jnp.minimum(row, end).astype(jnp.int32), end.astype(jnp.int32))
 
 
-def place(program: Any, together: int, across: int) -> tuple[Any, Any]:
+def tile_of(program: Any, together: int, across: int) -> tuple[Any, Any]:
     """A program's tile, down and across: so many rows of tiles are taken together, column by column."""
     group, rest = program // (together * across), program % (together * across)
     return group * together + rest % together, rest // together
@@ -111,7 +111,7 @@ def _product_kernel(
     expert_ref: Any, row_ref: Any, end_ref: Any, x_ref: Any, w_ref: Any, y_ref: Any, *, depth: int, across: int,
     transposed: bool,
 ) -> None:  # fmt: skip
-    tile, column = place(pl.program_id(0), _TOGETHER, across)
+    tile, column = tile_of(pl.program_id(0), _TOGETHER, across)
     expert, row, end = (triton.load(ref.at[tile]) for ref in (expert_ref, row_ref, end_ref))
     own_R1 = (row + jnp.arange(TILE) < end)[:, None]
     columns = pl.ds(column * TILE, TILE)
@@ -133,7 +133,7 @@ def _gradient_kernel(
     start_ref: Any, end_ref: Any, x_ref: Any, gradient_ref: Any, y_ref: Any, *, down: int, across: int
 ) -> None:
     expert = pl.program_id(1)
-    tile, column = place(pl.program_id(0), next(each for each in (_TOGETHER, 4, 2, 1) if down % each == 0), across)
+    tile, column = tile_of(pl.program_id(0), next(each for each in (_TOGETHER, 4, 2, 1) if down % each == 0), across)
     start, end = (triton.load(ref.at[expert]) for ref in (start_ref, end_ref))
     down_slice, across_slice = pl.ds(tile * TILE, TILE), pl.ds(column * TILE, TILE)
 

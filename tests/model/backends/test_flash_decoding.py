@@ -19,7 +19,7 @@ from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 from mixtral_jax.sharding.rules import DECODING
 
 HEADS = (2, 3, 64)  # K, G, H
-SLOTS = 200  # three blocks, and a part of one
+SLOTS = 330  # five blocks, and a part of one
 kernel = partial(flash_decoding.cached_attention, interpret=True)
 
 
@@ -44,10 +44,10 @@ def _exact(q, k, v, seen):
     return oracle.attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), np.asarray(seen.visible_BTS))
 
 
-@pytest.mark.parametrize("programs", [1, 256], ids=["one program", "many"])
+@pytest.mark.parametrize("programs", [1, 12, 256], ids=["one program", "three", "as many as blocks"])
 @pytest.mark.parametrize("queries", [1, 7, 50], ids=["one", "a tile not full", "tiles"])
 def test_each_text_sees_its_own(monkeypatch, queries, programs):
-    """Of 200 slots one text has filled all, the other less than two blocks."""
+    """One has filled all slots, the other less than two blocks."""
     monkeypatch.setattr(flash_decoding, "_PROGRAMS", programs)
     q, k, v = _inputs(queries)
     seen = _seen(queries, 70, SLOTS)
@@ -130,6 +130,19 @@ def test_few_texts_keep_a_gpu_busy(batch, num_kv_heads, queries, slots, programs
 )
 def test_what_it_takes(head_dim, dtype, kept, taken):
     assert flash_decoding.suits(head_dim, dtype, kept) is taken
+
+
+def test_what_it_can_address():
+    """Of an int8 cache, or of a mask, less than two GiB; a cache that devices share is smaller."""
+
+    def can(shape, queries, shards):
+        kept, mask = (jax.ShapeDtypeStruct(each, jnp.int8) for each in (shape, (shape[0], queries, shape[2])))
+        return flash_decoding.can_address(kept, Seen(mask, None), shards)
+
+    assert can((64, 8, 4096, 128), 512, 1)
+    assert not can((96, 8, 32768, 128), 1, 1)
+    assert can((96, 8, 32768, 128), 1, 8)
+    assert not can((160, 8, 32768, 128), 512, 8)
 
 
 def test_programs_for_gpu_have_it_and_others_do_not(monkeypatch):

@@ -59,7 +59,7 @@ def test_sizes_beyond_the_rows_reach_no_further():
 
 def test_each_tile_of_a_result_is_computed_once():
     for down, across in ((8, 3), (16, 2)):
-        places = [grouped_gpu.place(program, 8, across) for program in range(down * across)]
+        places = [grouped_gpu.tile_of(program, 8, across) for program in range(down * across)]
         assert sorted(places) == [(tile, column) for tile in range(down) for column in range(across)]
 
 
