@@ -105,9 +105,9 @@ def test_products_of_tiles_in_any_order(monkeypatch, backwards, programs, parts)
 
 
 def test_more_tiles_than_programs_take_together():
-    """Twelve experts, of which two have most of the rows."""
-    x, expert, gate, mask = _choices(70, experts=12)
-    expert[20:] = [3, 11]
+    """Seventeen, of twelve experts, of which two have most of the rows."""
+    x, expert, gate, mask = _choices(40, experts=12)
+    expert[12:] = [3, 11]
     _check((x, expert, gate, mask), *_experts(count=12))
 
 
