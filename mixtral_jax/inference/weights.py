@@ -20,16 +20,17 @@ from jax.typing import DTypeLike
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.model.backends import experts_gpu, few_rows
 from mixtral_jax.model.backends.few_rows import ByOutput, by_output
+from mixtral_jax.model.backends.half_bytes import HalfBytes, half_bytes
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.tensors import Tensor, assign, look_up, tensors
-from mixtral_jax.quantization import FLOAT32, Bits, is_quantized, quantize, scale_shape
+from mixtral_jax.quantization import DTYPES, FLOAT32, Bits, is_quantized, quantize, scale_shape
 from mixtral_jax.sharding.axes import Names
 from mixtral_jax.sharding.chips import computes_on_old_gpu
 from mixtral_jax.sharding.partition import check_divisible, place
 from mixtral_jax.sharding.rules import DECODING
 
-_OTHER_FORMS = Quantized | ByOutput
+_OTHER_FORMS = Quantized | ByOutput | HalfBytes
 """What a matrix may be instead of an array."""
 
 
@@ -41,7 +42,7 @@ class Prepared(NamedTuple):
     """For each layer the variables of a Block: its `params`, and `prepared` what has another form: the experts of a
     mixture, what is quantised, and what lies by output."""
     norm: Any
-    unembedding_DV: jax.Array | Quantized | ByOutput | None
+    unembedding_DV: jax.Array | Quantized | ByOutput | HalfBytes | None
     """Where the embeddings are tied: None, or the embedding, of which an output is a row."""
 
 
@@ -127,12 +128,11 @@ def arrange(
 
 def _put(
     whole: Any, tensor: Tensor, execution: Execution, mesh: Mesh | None, quantize_to: Bits | None
-) -> jax.Array | Quantized | ByOutput:
+) -> jax.Array | Quantized | ByOutput | HalfBytes:
     """A tensor on the devices, in the form that is computed with."""
     whole, dtype = _quantized(whole, tensor, quantize_to), computed_dtype(tensor, execution)
     if isinstance(whole, Quantized):
-        lies_by_output = whole.values.dtype == np.int8 and _lies_by_output(mesh)
-        form = by_output(whole, tensor.inputs) if lies_by_output else whole
+        form = _lying_by_output(whole, tensor.inputs) if _lies_by_output(mesh) else whole
         return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), form)
     if is_quantized(tensor) and _lies_by_output(mesh):
         # One that came in bfloat16 is as exact in it, whatever it is multiplied in.
@@ -169,9 +169,15 @@ def _quantized(whole: Any, tensor: Tensor, quantize_to: Bits | None) -> np.ndarr
 
 
 def _lies_by_output(mesh: Mesh | None) -> bool:
-    """Whether matrices do, for `few_rows`; but those in int4 and fp8 don't, of which it would
-    make floats in slow loops."""
+    """Whether matrices do, for `few_rows`."""
     return mesh is None and few_rows.are_for_this_host()
+
+
+def _lying_by_output(whole: Quantized, inputs: int) -> Quantized | ByOutput | HalfBytes:
+    """But fp8 stays as it is: of it XLA would make floats in slow loops."""
+    if whole.values.dtype == np.int8:
+        return by_output(whole, inputs)
+    return (half_bytes(whole, inputs) if whole.values.dtype == DTYPES["int4"] else None) or whole
 
 
 def computed_dtype(tensor: Tensor, execution: Execution) -> jnp.dtype:
@@ -218,7 +224,7 @@ def restore(prepared: Prepared) -> Any:
 
 
 def _as_array(leaf: Any) -> Any:
-    if isinstance(leaf, ByOutput):
+    if isinstance(leaf, ByOutput | HalfBytes):
         return leaf.restored()
     return leaf.dequantized() if isinstance(leaf, Quantized) else leaf
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from mixtral_jax.config import Execution
 from mixtral_jax.model.backends import experts_gpu
 from mixtral_jax.model.backends.few_rows import ByOutput, is_wide
+from mixtral_jax.model.backends.half_bytes import HalfBytes
 from mixtral_jax.model.dispatch import combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 
@@ -91,6 +92,8 @@ def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...]) -> int | None:
     if isinstance(gate, ByOutput):
         block = 4 if is_wide(4, gate.shape[0]) else 3
         most = 4 if gate.values.dtype == jnp.float32 else 16
+    elif isinstance(gate, HalfBytes):
+        block, most = 4, 16
     elif all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(experts)):
         block, most = 1, 4
     else:

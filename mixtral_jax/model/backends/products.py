@@ -17,8 +17,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from mixtral_jax.model.backends import few_rows
+from mixtral_jax.model.backends import few_rows, half_bytes
 from mixtral_jax.model.backends.few_rows import ByOutput
+from mixtral_jax.model.backends.half_bytes import HalfBytes
 from mixtral_jax.model.backends.quantized import Quantized
 
 PRODUCT = "product"
@@ -42,7 +43,7 @@ class _Plan:
 def einsum(
     spec: str,
     x: jax.Array,
-    w: jax.Array | Quantized | ByOutput,
+    w: jax.Array | Quantized | ByOutput | HalfBytes,
     *,
     dtype: DTypeLike,
     result_dtype: DTypeLike | None = None,
@@ -69,9 +70,9 @@ def einsum(
     result_dtype = jnp.float32 if result_dtype is None else result_dtype
     if isinstance(w, Quantized):
         return _quantized_product(x_dims, w_dims, y_dims, x, w, dtype).astype(result_dtype)
-    if isinstance(w, ByOutput):
-        (y,) = _products_by_output(x_dims, w_dims, y_dims, x.astype(dtype), [w])
-        return y.astype(result_dtype)
+    if isinstance(w, ByOutput | HalfBytes):
+        (y,) = einsums(spec, x, [w], dtype=dtype, result_dtype=result_dtype)
+        return y
     plan = _Plan(x_dims, w_dims, y_dims, jnp.dtype(dtype), jnp.dtype(result_dtype), x.dtype, w.dtype)
     # In shard_map, a weight that is equal on all devices meets tokens that are not. Its gradient is summed over the
     # devices where it becomes varying, which is here: inside a custom VJP nothing would do it.
@@ -82,17 +83,22 @@ def einsum(
 def einsums(
     spec: str,
     x: jax.Array,
-    weights: Sequence[jax.Array | Quantized | ByOutput],
+    weights: Sequence[jax.Array | Quantized | ByOutput | HalfBytes],
     *,
     dtype: DTypeLike,
     result_dtype: DTypeLike | None = None,
 ) -> list[jax.Array]:
     """`einsum` of x with each of several weights; those that lie by output, alike, may share a loop over few rows."""
-    lying = [w for w in weights if isinstance(w, ByOutput)]
-    if len(lying) < len(weights) or len({(w.values.shape, w.values.dtype, w.inputs) for w in lying}) > 1:
-        return [einsum(spec, x, w, dtype=dtype, result_dtype=result_dtype) for w in weights]
     result_dtype = jnp.float32 if result_dtype is None else result_dtype
-    return [y.astype(result_dtype) for y in _products_by_output(*_parse(spec, x, lying[0]), x.astype(dtype), lying)]
+    lying = [w for w in weights if isinstance(w, ByOutput)]
+    if len(lying) == len(weights) and len({(w.values.shape, w.values.dtype, w.inputs) for w in lying}) == 1:
+        found = _products_by_output(*_parse(spec, x, lying[0]), x.astype(dtype), lying)
+        return [y.astype(result_dtype) for y in found]
+    halves = [w for w in weights if isinstance(w, HalfBytes)]
+    if len(halves) == len(weights) and len({(w.shape, w.scale_NG.shape, w.inputs) for w in halves}) == 1:
+        found = _products_of_half_bytes(*_parse(spec, x, halves[0]), x.astype(dtype), halves)
+        return [y.astype(result_dtype) for y in found]
+    return [einsum(spec, x, w, dtype=dtype, result_dtype=result_dtype) for w in weights]
 
 
 def weight_gradient(spec: str, x: jax.Array, dy: jax.Array, *, dtype: DTypeLike) -> jax.Array:
@@ -143,6 +149,30 @@ def _by_output(x_MK: jax.Array, matrices: list[jax.Array]) -> list[jax.Array]:
     return [_contract("mk", "nk", "mn", x_MK, w_NK.astype(x_MK.dtype)) for w_NK in matrices]
 
 
+def _products_of_half_bytes(
+    x_dims: str, w_dims: str, y_dims: str, x: jax.Array, matrices: Sequence[HalfBytes]
+) -> list[jax.Array]:
+    """The float32 products with matrices of one shape in int4."""
+    first = matrices[0]
+    inputs, outputs = w_dims[: first.inputs], w_dims[first.inputs :]
+    if not (x_dims.endswith(inputs) and y_dims == x_dims[: -first.inputs] + outputs):
+        return [_contract(x_dims, w_dims, y_dims, x, w.restored().astype(x.dtype)) for w in matrices]
+    x_MK = x.reshape(math.prod(x.shape[: -first.inputs]), math.prod(x.shape[-first.inputs :]))
+    if half_bytes.are_few(x_MK.shape[0]):
+        found = half_bytes.products(x_MK, matrices)
+    else:
+        found = [_by_halves(x_MK, w) for w in matrices]
+    return [y_MN.reshape(*x.shape[: -first.inputs], *first.shape[first.inputs :]) for y_MN in found]
+
+
+def _by_halves(x_MK: jax.Array, w: HalfBytes) -> jax.Array:
+    """Each half made an array of x's dtype: to put them together first is what takes the time."""
+    x_MJ = jnp.split(x_MK, 2, axis=1)
+    halves = [w.half(which).reshape(w.bytes_NJ.shape).astype(x_MK.dtype) for which in (0, 1)]
+    first, second = (_contract("mj", "nj", "mn", x, half) for x, half in zip(x_MJ, halves, strict=True))
+    return first + second
+
+
 def _along(dims: str, w_dims: str, scale: jax.Array) -> jax.Array:
     """The scale of an operand `w_dims`, laid out to multiply an array of the dimensions `dims`."""
     present = [letter for letter in w_dims if letter in dims]
@@ -162,7 +192,7 @@ def _as_varying(operand: jax.Array, axes: frozenset[str]) -> jax.Array:
     return lax.pcast(operand, missing, to="varying") if missing else operand
 
 
-def _parse(spec: str, left: jax.Array, right: jax.Array | Quantized | ByOutput) -> tuple[str, str, str]:
+def _parse(spec: str, left: jax.Array, right: jax.Array | Quantized | ByOutput | HalfBytes) -> tuple[str, str, str]:
     """The letters of both operands and of the result."""
     operands, _, y = spec.partition("->")
     x, _, w = operands.partition(",")
