@@ -16,6 +16,8 @@ from mixtral_jax.inference.decode import forward
 from mixtral_jax.inference.weights import assemble, prepare, restore, stacks_experts
 from mixtral_jax.model.backends import by_need, experts_gpu, few_rows
 from mixtral_jax.model.backends.few_rows import ByOutput
+from mixtral_jax.model.backends.half_bytes import HalfBytes
+from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.cache import empty_cache
 from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.tensors import look_up
@@ -77,6 +79,16 @@ def test_a_tied_embedding_lies_by_output_as_it_is(dtype, fast):
     prepared = prepare(tiny.params(config), config, Execution(weight_dtype=dtype))
     assert prepared.embedding_VD.dtype == dtype
     assert prepared.unembedding_DV is None if fast else prepared.unembedding_DV.values is prepared.embedding_VD
+
+
+@pytest.mark.parametrize(("bits", "form"), [("int8", ByOutput), ("int4", HalfBytes), ("fp8", Quantized)])
+def test_what_is_quantised_lies_as_few_rows_take_it(bits, form, fast):
+    config = tiny.config("mixtral", dim=128, hidden_dim=128)
+    params = tiny.params(config)
+    prepared = assemble(lambda tensor: look_up(params, tensor), config, Execution(), quantize_to=bits)
+    layer = prepared.layers[0]["prepared"]
+    matrices = [layer["attention"]["query"], *layer["moe"]["experts"][1], prepared.unembedding_DV]
+    assert {type(matrix) for matrix in matrices} == {Quantized if fast else form}
 
 
 WIDE = {"dim": 64, "hidden_dim": 128}
