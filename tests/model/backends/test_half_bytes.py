@@ -77,7 +77,7 @@ def test_matrices_of_different_shapes_and_other_forms():
 
 
 def test_operands_are_rounded_as_everywhere():
-    """In bfloat16 x is rounded; the weights only where rows are many, whose product is that of the matrix as it came."""
+    """In bfloat16 x is rounded, the weights only where rows are many: the product is that of the matrix as it came."""
     stored, weights = _quantized((64, 32), 2, 1)
     x = jnp.asarray(np.random.default_rng(4).standard_normal((9, 1, 64)), jnp.float32)
     w = _on_device(half_bytes(stored, 1))
