@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from mixtral_jax.model.backends import few_rows, half_bytes
+from mixtral_jax.model.backends.contraction import contract, contract_forward, contract_gradient
 from mixtral_jax.model.backends.few_rows import ByOutput
 from mixtral_jax.model.backends.half_bytes import HalfBytes
 from mixtral_jax.model.backends.quantized import Quantized
@@ -104,7 +105,7 @@ def einsums(
 def weight_gradient(spec: str, x: jax.Array, dy: jax.Array, *, dtype: DTypeLike) -> jax.Array:
     """`einsum`, float32 and without a gradient, of operands summed over leading dimensions, as a weight's gradient is
     over tokens."""
-    return _contract_gradient(*_parse(spec, x, dy), x.astype(dtype), dy.astype(dtype))
+    return contract_gradient(*_parse(spec, x, dy), x.astype(dtype), dy.astype(dtype))
 
 
 def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Quantized, dtype: DTypeLike) -> Any:
@@ -114,12 +115,12 @@ def _quantized_product(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: Q
     (weights by channel, keys); else onto x, where it differs only along what x has (values, a scale a token).
     """
     if w.scales_only(w_dims, y_dims):
-        y = _contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.values.astype(dtype))
+        y = contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.values.astype(dtype))
         return y * _along(y_dims, w_dims, w.scale)
     if w.scales_only(w_dims, x_dims):
         x = x.astype(jnp.float32) * _along(x_dims, w_dims, w.scale)
-        return _contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.values.astype(dtype))
-    return _contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.dequantized(dtype))
+        return contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.values.astype(dtype))
+    return contract_forward(x_dims, w_dims, y_dims, x.astype(dtype), w.dequantized(dtype))
 
 
 def _products_by_output(
@@ -134,7 +135,7 @@ def _products_by_output(
         found = _by_output(x_MK, [w.values.reshape(-1, x_MK.shape[1]) for w in matrices])
         results = [y_MN.reshape(*x.shape[: -first.inputs], *first.shape[first.inputs :]) for y_MN in found]
     else:
-        results = [_contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype)) for w in matrices]
+        results = [contract(x_dims, w_dims, y_dims, x, w.values.astype(x.dtype)) for w in matrices]
     return [
         y if w.scale is None else y * _along(y_dims, outputs, w.scale) for y, w in zip(results, matrices, strict=True)
     ]
@@ -146,7 +147,7 @@ def _by_output(x_MK: jax.Array, matrices: list[jax.Array]) -> list[jax.Array]:
     if held.itemsize <= x_MK.dtype.itemsize and few_rows.are_few(rows, inputs, held):
         return few_rows.products(x_MK, matrices)
     # Of two dimensions each, XLA:CPU takes the operands as they lie; of more it writes a matrix's transpose first.
-    return [_contract("mk", "nk", "mn", x_MK, w_NK.astype(x_MK.dtype)) for w_NK in matrices]
+    return [contract("mk", "nk", "mn", x_MK, w_NK.astype(x_MK.dtype)) for w_NK in matrices]
 
 
 def _products_of_half_bytes(
@@ -156,7 +157,7 @@ def _products_of_half_bytes(
     first = matrices[0]
     inputs, outputs = w_dims[: first.inputs], w_dims[first.inputs :]
     if not (x_dims.endswith(inputs) and y_dims == x_dims[: -first.inputs] + outputs):
-        return [_contract(x_dims, w_dims, y_dims, x, w.restored().astype(x.dtype)) for w in matrices]
+        return [contract(x_dims, w_dims, y_dims, x, w.restored().astype(x.dtype)) for w in matrices]
     x_MK = x.reshape(math.prod(x.shape[: -first.inputs]), math.prod(x.shape[-first.inputs :]))
     if half_bytes.are_few(x_MK.shape[0]):
         found = half_bytes.products(x_MK, matrices)
@@ -169,7 +170,7 @@ def _by_halves(x_MK: jax.Array, w: HalfBytes) -> jax.Array:
     """Each half made an array of x's dtype: to put them together first is what takes the time."""
     x_MJ = jnp.split(x_MK, 2, axis=1)
     halves = [w.half(which).reshape(w.bytes_NJ.shape).astype(x_MK.dtype) for which in (0, 1)]
-    first, second = (_contract("mj", "nj", "mn", x, half) for x, half in zip(x_MJ, halves, strict=True))
+    first, second = (contract("mj", "nj", "mn", x, half) for x, half in zip(x_MJ, halves, strict=True))
     return first + second
 
 
@@ -213,7 +214,7 @@ def _product(plan: _Plan, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _product_fwd(plan: _Plan, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x = x.astype(plan.dtype)
-    y = _contract_forward(plan.x, plan.w, plan.y, x, w.astype(plan.dtype)).astype(plan.result_dtype)
+    y = contract_forward(plan.x, plan.w, plan.y, x, w.astype(plan.dtype)).astype(plan.result_dtype)
     if not set(plan.x) & set(plan.w) & set(plan.y):
         y = checkpoint_name(y, PRODUCT)
     # x is saved cast, at half the bytes of float32. w is saved as it came: the master weights are alive anyway, so a
@@ -224,128 +225,9 @@ def _product_fwd(plan: _Plan, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tu
 def _product_bwd(plan: _Plan, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
     dy = dy.astype(plan.dtype)
-    dx = _contract_gradient(plan.y, plan.w, plan.x, dy, w.astype(plan.dtype)).astype(plan.x_dtype)
-    dw = _contract_gradient(plan.x, plan.y, plan.w, x, dy).astype(plan.w_dtype)
+    dx = contract_gradient(plan.y, plan.w, plan.x, dy, w.astype(plan.dtype)).astype(plan.x_dtype)
+    dw = contract_gradient(plan.x, plan.y, plan.w, x, dy).astype(plan.w_dtype)
     return dx, dw
 
 
 _product.defvjp(_product_fwd, _product_bwd)
-
-
-def _contract(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """One dot_general: float32 result with dimensions `y_dims`."""
-    sizes = dict(zip(x_dims + w_dims, x.shape + w.shape, strict=True))
-    y_size = math.prod(sizes[d] for d in y_dims)
-    x_dims, x = _order_free(x_dims, w_dims, y_dims, x, y_size)
-    w_dims, w = _order_free(w_dims, x_dims, y_dims, w, y_size)
-    batch = [d for d in y_dims if d in x_dims and d in w_dims]
-    # XLA:CPU copies an operand whose summed dimensions are not in this order: let it be the smaller one.
-    summed = [d for d in (x_dims if x.size > w.size else w_dims) if d in x_dims and d in w_dims and d not in y_dims]
-    y = lax.dot_general(
-        x,
-        w,
-        ((_axes(summed, x_dims), _axes(summed, w_dims)), (_axes(batch, x_dims), _axes(batch, w_dims))),
-        # Otherwise TPU and GPU would round float32 operands. For bfloat16 it changes nothing.
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    dot_dims = "".join(batch + [d for d in x_dims if d not in w_dims] + [d for d in w_dims if d not in x_dims])
-    return _transpose(y, dot_dims, y_dims)
-
-
-def _order_free(dims: str, other: str, y_dims: str, operand: jax.Array, y_size: int) -> tuple[str, jax.Array]:
-    """Transposes an operand smaller than the result so that its free dimensions come as in the result.
-
-    For attention scores, BTKGH,BSKH->BKGTS, XLA:CPU would else transpose the scores: 2.5 to 8 times slower.
-    """
-    if operand.size > y_size:
-        return dims, operand
-    free = [d for d in dims if d not in other]
-    in_order = iter(sorted(free, key=y_dims.index))
-    to_dims = "".join(next(in_order) if d in free else d for d in dims)
-    return to_dims, _transpose(operand, dims, to_dims)
-
-
-def _contract_forward(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`_contract` for the forward pass. Decoding one sequence, its x is a single row."""
-
-    def alone(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _contract(x_dims, w_dims, y_dims, x, w)
-
-    def beside_zeros(x: jax.Array, w: jax.Array, rows: int) -> jax.Array:
-        x_rows = lax.pad(x[None], jnp.zeros((), x.dtype), [(0, rows, 0), *[(0, 0, 0)] * x.ndim])
-        y_rows = _contract("_" + x_dims, w_dims, "_" + y_dims, x_rows, w)
-        return lax.index_in_dim(y_rows, 0, keepdims=False)
-
-    if math.prod(size for d, size in zip(x_dims, x.shape, strict=True) if d not in w_dims) > 1:
-        return alone(x, w)
-    # Of a vector and a matrix of up to ten million weights XLA:GPU writes all products to memory, in float32, and then
-    # sums them: five times the traffic of a matrix in bfloat16.
-    forms: dict[str, Any] = {"cuda": partial(beside_zeros, rows=1), "default": alone}
-    if x.dtype == jnp.bfloat16:
-        # XLA:CPU runs such a product in slow loops: 2.5 to 20 times slower than with rows of zeros beside the one, with
-        # which it is about as fast as in float32.
-        forms["cpu"] = partial(beside_zeros, rows=3)
-    y: jax.Array = lax.platform_dependent(x, w, **forms)
-    return y
-
-
-def _contract_gradient(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`_contract` for the backward pass, whose products are often summed over leading dimensions (dw over tokens)."""
-
-    def elsewhere(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _contract(x_dims, w_dims, y_dims, x, w)
-
-    def on_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _contract_leading_on_cpu(x_dims, w_dims, y_dims, x, w)
-
-    if x_dims[-1] not in y_dims or w_dims[-1] not in y_dims:
-        return elsewhere(x, w)
-    # By the platform compiled for, not this host's: TPU programs are compiled ahead of time on CPU hosts.
-    y: jax.Array = lax.platform_dependent(x, w, cpu=on_cpu, default=elsewhere)
-    return y
-
-
-def _contract_leading_on_cpu(x_dims: str, w_dims: str, y_dims: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`_contract` of operands that both have free dimensions last.
-
-    XLA:CPU multiplies bfloat16 fast only if the left operand is summed over its last dimension, so one must be copied.
-    """
-    sizes = dict(zip(x_dims + w_dims, x.shape + w.shape, strict=True))
-    if w.size + 2 * math.prod(sizes[d] for d in y_dims) < x.size:
-        # x is much the larger: copy w and the float32 result instead.
-        (x_dims, x), (w_dims, w) = (w_dims, w), (x_dims, x)
-    summed = [d for d in x_dims if d in w_dims and d not in y_dims]
-    if len(summed) == 1 and x.dtype == jnp.bfloat16:
-        # XLA copies a left operand that is summed over two dimensions. With one it folds the transpose into the
-        # product, which then runs in float32, 3 to 4 times slower: so pass the one as two. (A layout constraint does
-        # the same, but makes GSPMD gather both operands.)
-        x_dims, x = _split_in_two(x_dims, summed[0], x)
-        w_dims, w = _split_in_two(w_dims, summed[0], w)
-    dot_dims = "".join(
-        [d for d in y_dims if d in x_dims and d in w_dims]
-        + [d for d in y_dims if d not in w_dims]
-        + [d for d in y_dims if d not in x_dims]
-    )
-    # Without the barrier XLA:CPU folds a transpose of the result into the product, and then has no code for its form
-    # ("Unsupported element type for DotThunk").
-    y = lax.optimization_barrier(_contract(x_dims, w_dims, dot_dims, x, w))
-    return _transpose(y, dot_dims, y_dims)
-
-
-def _split_in_two(dims: str, dim: str, operand: jax.Array) -> tuple[str, jax.Array]:
-    """A dimension of even size n as [n / 2, 2], the 2 named "_". The sharding of n stays with the first part."""
-    axis = dims.index(dim)
-    size = operand.shape[axis]
-    if size % 2:
-        return dims, operand
-    shape = (*operand.shape[:axis], size // 2, 2, *operand.shape[axis + 1 :])
-    return dims.replace(dim, dim + "_"), lax.reshape(operand, shape)
-
-
-def _transpose(operand: jax.Array, dims: str, to_dims: str) -> jax.Array:
-    return operand if dims == to_dims else lax.transpose(operand, _axes(to_dims, dims))
-
-
-def _axes(letters: Sequence[str], dims: str) -> tuple[int, ...]:
-    return tuple(dims.index(letter) for letter in letters)
