@@ -20,7 +20,9 @@ GROUP = 32
 """Inputs that share a scale in int4, or fewer where that does not divide them."""
 
 _RANGE = {"int8": (-127, 127), "int4": (-8, 7), "fp8": (-448, 448)}
-_RATIOS = (1, 0.95, 0.9, 0.85, 0.8, 0.75)
+_RATIOS = (1.05, 1, 0.95, 0.9, 0.85, 0.8, 0.75)
+_SCALE_BITS = 5
+"""Significant bits of a scale of int4: with the three of a number, a weight is exact in the eight of bfloat16."""
 DTYPES: dict[Bits, np.dtype] = {
     "int8": np.dtype(np.int8),
     "int4": np.dtype(ml_dtypes.int4),
@@ -96,12 +98,17 @@ def _best_scale(grouped: np.ndarray, inside: tuple[int, ...]) -> np.ndarray:
     """
     most, least = grouped.max(axis=inside, keepdims=True), grouped.min(axis=inside, keepdims=True)
     largest = np.where(most > -least, most, least)
-    best, smallest = largest / -8, np.full_like(largest, np.inf)
+    best, smallest = np.zeros_like(largest), np.full_like(largest, np.inf)
     for ratio in _RATIOS:
-        scale = largest * np.float32(ratio / -8)
+        scale = _in_few_bits(largest * np.float32(ratio / -8))
         error = np.square(_rounded(grouped, scale, "int4") * scale - grouped).sum(axis=inside, keepdims=True)
         best, smallest = np.where(error < smallest, scale, best), np.minimum(error, smallest)
     return best
+
+
+def _in_few_bits(scale: np.ndarray) -> np.ndarray:
+    mantissa, exponent = np.frexp(scale)
+    return np.ldexp(np.rint(mantissa * 2**_SCALE_BITS) / 2**_SCALE_BITS, exponent)
 
 
 def pack(values: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import tracemalloc
 from typing import get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -53,6 +54,8 @@ def test_in_int4_the_error_is_less_than_that_of_the_plain_scale(family):
         nearest = np.clip(np.rint(weight / plain), -7, 7) * plain
         error, plain_error = (np.std(each - weight) for each in (found.dequantized(), nearest))
         assert error < min(0.09, plain_error)
+        stands_for = np.asarray(found.dequantized())
+        np.testing.assert_array_equal(stands_for.astype(jnp.bfloat16), stands_for)
 
 
 def _quantized(family, bits):
@@ -80,7 +83,7 @@ def test_one_large_value_costs_its_channel_or_its_group_alone():
     assert not by_channel[1:, 0].any()
     assert not by_group[1:32, 0].any()
     np.testing.assert_allclose(by_channel[:, 1:], 0.01, rtol=1e-6)
-    np.testing.assert_allclose(by_group[32:, 0], 0.01, rtol=1e-6)
+    np.testing.assert_allclose(by_group[32:, 0], 0.01, rtol=1 / 32)
 
 
 def test_zeros_stay_zeros():
@@ -108,6 +111,15 @@ def test_a_quantised_model_computes_what_its_weights_stand_for(folder, bits, err
     prompts = [tokens[0, :9].tolist(), tokens[1, :17].tolist()]
     (alone,) = quantised.generate(prompts[1:], max_new_tokens=12, stop_at_eos=False)
     assert quantised.generate(prompts, max_new_tokens=12, stop_at_eos=False)[1] == alone
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_in_bfloat16_a_text_does_not_depend_on_how_many_are_beside_it(folder, bits):
+    """One goes through loops, and many through matrices made of the same numbers."""
+    model = mj.load(folder, quantize=bits)
+    tokens = tiny.tokens(model.config, 40, 3)
+    many = np.asarray(model.logits(tokens))
+    np.testing.assert_allclose(model.logits(tokens[:1])[0], many[0], atol=1e-3 * np.std(many))
 
 
 def test_what_decides_and_what_is_looked_up_stay_as_they_are(folder):

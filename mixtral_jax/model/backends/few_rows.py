@@ -3,9 +3,10 @@
 There the matrix is what costs, and XLA:CPU packs it before it multiplies more rows than one: decoding waits for that.
 Here the sums of all rows run through it side by side, in one loop that reads it once, as it lies: in bfloat16 at half
 the bytes, in int8 at a quarter. Parts of it, or several matrices, run side by side too, where the rows alone would be
-too few. Where there are more rows, and the matrix is in float32, XLA is made to pack the rows. So the matrix has to lie
-output by output; and XLA has to vectorise a sum, which it does only where it may reorder one: in programs compiled with
-OPTIONS. In others the same loop takes four times as long.
+too few. Where there are more rows, they take several loops, if XLA would have to make another matrix of it to multiply;
+and if it is in float32, XLA is made to pack the rows. So the matrix has to lie output by output; and XLA has to
+vectorise a sum, which it does only where it may reorder one: in programs compiled with OPTIONS. In others the same loop
+takes four times as long.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ _IN_FIRST_CACHE = 4096
 """Numbers of x that leave room there for what is read of w."""
 _MOST_STREAMS = 8
 """Parts that a loop reads at a time, of all its matrices; of 16, the processors that were measured lose track."""
+_MOST_IN_A_LOOP = 8
+_MOST_IN_LOOPS = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float32): 64}
+"""By the dtype that the matrix would be made for XLA to multiply."""
 _MOST_FROM_THE_RIGHT = 64
 
 
@@ -80,12 +84,12 @@ def by_output(weight: Any, inputs: int) -> ByOutput:
     return ByOutput(lying, inputs, None if scale is None else scale.reshape(values.shape[inputs:]))
 
 
-def are_few(rows: int, inputs: int, dtype: DTypeLike) -> bool:
-    """Whether `products` is the fastest for so many rows and a matrix of this dtype."""
-    if dtype != jnp.float32:
-        return 0 < rows <= 2 * _SIDE_BY_SIDE
-    # To write the product's transpose costs as much as is won where the matrix has few inputs.
-    return 0 < rows <= min(_MOST_FROM_THE_RIGHT, inputs // 8)
+def are_few(rows: int, inputs: int, held: DTypeLike, multiplied: DTypeLike) -> bool:
+    """Whether `products` is the fastest for so many rows, and a matrix held in one dtype and multiplied in another."""
+    if held == jnp.float32:
+        # To write the product's transpose costs as much as is won where the matrix has few inputs.
+        return 0 < rows <= min(_MOST_FROM_THE_RIGHT, inputs // 8)
+    return 0 < rows <= (_MOST_IN_A_LOOP if held == multiplied else _MOST_IN_LOOPS[jnp.dtype(multiplied)])
 
 
 def is_wide(rows: int, inputs: int) -> bool:
@@ -102,10 +106,21 @@ def products(x_MK: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
     # read it at twice the bytes.
     x_MK, *matrices = lax.optimization_barrier((x_MK.astype(jnp.float32), *matrices))
     rows, inputs = x_MK.shape
-    in_a_loop = rows <= _SIDE_BY_SIDE or (rows <= 2 * _SIDE_BY_SIDE and not is_wide(rows, inputs))
+    in_a_loop = rows <= _SIDE_BY_SIDE or (rows <= _MOST_IN_A_LOOP and not is_wide(rows, inputs))
     if matrices[0].dtype == jnp.float32 and not in_a_loop:
         return [_from_the_right(x_MK, w_NK) for w_NK in matrices]
-    x_MK = _made_once(x_MK)
+    by_rows = [_in_loops(rows_MK, matrices) for rows_MK in at_most(_MOST_IN_A_LOOP, made_once(x_MK))]
+    return [jnp.concatenate(own) for own in zip(*by_rows, strict=True)]
+
+
+def at_most(most: int, x_MK: jax.Array) -> list[jax.Array]:
+    """Its rows in as few parts as will do, which differ by one at most."""
+    return jnp.array_split(x_MK, -(-x_MK.shape[0] // most))
+
+
+def _in_loops(x_MK: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
+    """Several matrices a loop, as far as they are good for it."""
+    rows, inputs = x_MK.shape
     at_its_best = _SIDE_BY_SIDE_OF_WIDE if is_wide(rows, inputs) else _SIDE_BY_SIDE
     at_once = max(1, min(_MOST_STREAMS, 2 * at_its_best // rows))  # twice as many sums cost less than another loop
     loops = [matrices[start : start + at_once] for start in range(0, len(matrices), at_once)]
@@ -138,7 +153,7 @@ def _from_the_right(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
     return lax.optimization_barrier(y_NM).T
 
 
-def _made_once(x: jax.Array) -> jax.Array:
+def made_once(x: jax.Array) -> jax.Array:
     """x, in a form that XLA:CPU does not make again for each output of a product: it repeats no division.
 
     What makes x is otherwise fused into the product's loop, where a product of two arrays is three reads, not one.

@@ -17,10 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
+from mixtral_jax.model.backends.few_rows import at_most, made_once
 from mixtral_jax.model.backends.quantized import Quantized
 
-_MOST_ROWS, _ROWS_AT_ONCE = 8, 4
+_MOST_IN_A_LOOP = 4
+_MOST_IN_LOOPS = {jnp.dtype(jnp.bfloat16): 8, jnp.dtype(jnp.float32): 32}
+"""By the dtype that it would be made for XLA to multiply."""
 _MOST_STREAMS, _SUMS_AT_ONCE = 4, 8
 """Parts that a loop reads at a time, of all its matrices, and sums that it makes; of 8 parts it takes twice as long."""
 
@@ -66,12 +70,12 @@ def half_bytes(weight: Quantized, inputs: int) -> HalfBytes | None:
         return None
     values_NK = weight.values.reshape(num_inputs, -1).T.astype(np.int8).view(np.uint8)
     low_NJ, high_NJ = np.split(values_NK & 15, 2, axis=1)
-    return HalfBytes(low_NJ | high_NJ << 4, np.ascontiguousarray(scale_NG), tuple(shape), inputs)
+    return HalfBytes(low_NJ | high_NJ << 4, np.ascontiguousarray(scale_NG), shape, inputs)
 
 
-def are_few(rows: int) -> bool:
-    """Whether `products` is the fastest for so many rows."""
-    return 0 < rows <= _MOST_ROWS
+def are_few(rows: int, multiplied: DTypeLike) -> bool:
+    """Whether `products` is the fastest for so many rows, to be multiplied in a dtype."""
+    return 0 < rows <= _MOST_IN_LOOPS[jnp.dtype(multiplied)]
 
 
 def products(x_MK: jax.Array, matrices: Sequence[HalfBytes]) -> list[jax.Array]:
@@ -79,11 +83,16 @@ def products(x_MK: jax.Array, matrices: Sequence[HalfBytes]) -> list[jax.Array]:
 
     Products and sums are in float32, and a row's don't depend on the other rows.
     """
-    # See `few_rows.products`.
+    # See `few_rows.products`, of both.
     x_MK, *matrices = lax.optimization_barrier((x_MK.astype(jnp.float32), *matrices))
-    starts = range(0, x_MK.shape[0], _ROWS_AT_ONCE)
-    loops = [_in_a_loop(x_MK[start : start + _ROWS_AT_ONCE], matrices) for start in starts]
-    return [jnp.concatenate(own) for own in zip(*loops, strict=True)]
+    by_rows = [_in_loops(rows_MK, matrices) for rows_MK in at_most(_MOST_IN_A_LOOP, made_once(x_MK))]
+    return [jnp.concatenate(own) for own in zip(*by_rows, strict=True)]
+
+
+def _in_loops(x_MK: jax.Array, matrices: Sequence[HalfBytes]) -> list[jax.Array]:
+    at_once = max(1, min(_MOST_STREAMS, _SUMS_AT_ONCE // x_MK.shape[0]))
+    loops = [matrices[start : start + at_once] for start in range(0, len(matrices), at_once)]
+    return [y_MN for loop in loops for y_MN in _in_a_loop(x_MK, loop)]
 
 
 def _in_a_loop(x_MK: jax.Array, matrices: Sequence[HalfBytes]) -> list[jax.Array]:

@@ -1,4 +1,4 @@
-"""The one contraction of the model: operands in the product dtype, sums in float32.
+"""The one product of the model: operands in the product dtype, sums in float32.
 
 Training keeps float32 master weights and multiplies in bfloat16. Left to itself, autodiff multiplies the float32
 cotangent of such a product in float32, on the slow units of every platform. The custom VJP here casts the cotangent
@@ -7,7 +7,7 @@ to the product dtype first, so that all three products of a training step (resul
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -144,10 +144,10 @@ def _products_by_output(
 def _by_output(x_MK: jax.Array, matrices: list[jax.Array]) -> list[jax.Array]:
     """x times the transpose of each w_NK."""
     (rows, inputs), held = x_MK.shape, matrices[0].dtype
-    if held.itemsize <= x_MK.dtype.itemsize and few_rows.are_few(rows, inputs, held):
+    if held.itemsize <= x_MK.dtype.itemsize and few_rows.are_few(rows, inputs, held, x_MK.dtype):
         return few_rows.products(x_MK, matrices)
     # Of two dimensions each, XLA:CPU takes the operands as they lie; of more it writes a matrix's transpose first.
-    return [contract("mk", "nk", "mn", x_MK, w_NK.astype(x_MK.dtype)) for w_NK in matrices]
+    return [contract("mk", "nk", "mn", x_MK, _made_beside(x_MK, w_NK)) for w_NK in matrices]
 
 
 def _products_of_half_bytes(
@@ -159,7 +159,7 @@ def _products_of_half_bytes(
     if not (x_dims.endswith(inputs) and y_dims == x_dims[: -first.inputs] + outputs):
         return [contract(x_dims, w_dims, y_dims, x, w.restored().astype(x.dtype)) for w in matrices]
     x_MK = x.reshape(math.prod(x.shape[: -first.inputs]), math.prod(x.shape[-first.inputs :]))
-    if half_bytes.are_few(x_MK.shape[0]):
+    if half_bytes.are_few(x_MK.shape[0], x_MK.dtype):
         found = half_bytes.products(x_MK, matrices)
     else:
         found = [_by_halves(x_MK, w) for w in matrices]
@@ -168,10 +168,31 @@ def _products_of_half_bytes(
 
 def _by_halves(x_MK: jax.Array, w: HalfBytes) -> jax.Array:
     """Each half made an array of x's dtype: to put them together first is what takes the time."""
+    w, one = _not_before(x_MK, w)
+    w = replace(w, scale_NG=w.scale_NG * one)
     x_MJ = jnp.split(x_MK, 2, axis=1)
     halves = [w.half(which).reshape(w.bytes_NJ.shape).astype(x_MK.dtype) for which in (0, 1)]
     first, second = (contract("mj", "nj", "mn", x, half) for x, half in zip(x_MJ, halves, strict=True))
     return first + second
+
+
+def _made_beside(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
+    """A matrix in x's dtype."""
+    if w_NK.dtype == x_MK.dtype:
+        return w_NK
+    w_NK, one = _not_before(x_MK, w_NK)
+    return (w_NK.astype(jnp.float32) * one).astype(x_MK.dtype)
+
+
+def _not_before(x_MK: jax.Array, w: Any) -> tuple[Any, jax.Array]:
+    """w, and a one that is not known before x is, to make numbers of w with.
+
+    Left to itself XLA:CPU makes them of all matrices of a program at its start, before the loops that they are used in:
+    memory for the whole model in x's dtype, and up to four times the time, since none is in a cache when it is used.
+    """
+    x_MK, w = lax.optimization_barrier((x_MK, w))  # for the loops
+    bits = lax.bitcast_convert_type(jnp.sum(x_MK[:1, :1]).astype(jnp.float32), jnp.uint32)
+    return w, (bits % 2 // 2 + 1).astype(jnp.float32)
 
 
 def _along(dims: str, w_dims: str, scale: jax.Array) -> jax.Array:

@@ -12,6 +12,8 @@ from mixtral_jax.inference.weights import prepare
 from mixtral_jax.model.backends import few_rows
 from mixtral_jax.model.backends.by_need import by_need
 from mixtral_jax.model.backends.few_rows import OPTIONS, by_output
+from mixtral_jax.model.backends.half_bytes import half_bytes
+from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.cache import empty_cache
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 
@@ -19,9 +21,12 @@ EXPERTS, DIM, HIDDEN = 4, 8, 12
 
 
 def _experts(seed=0):
+    """Their weights are those of int4 with a scale of a quarter."""
     rng = np.random.default_rng(seed)
     shapes = ((DIM, HIDDEN), (DIM, HIDDEN), (HIDDEN, DIM))
-    return tuple(SwiGLU(*(jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes)) for _ in range(EXPERTS))
+    return tuple(
+        SwiGLU(*(jnp.asarray(rng.integers(-8, 8, s) / 4, jnp.float32) for s in shapes)) for _ in range(EXPERTS)
+    )
 
 
 def _as_they_are(experts):
@@ -32,7 +37,16 @@ def _by_output(experts):
     return tuple(SwiGLU(*(by_output(weight, 1) for weight in each)) for each in experts)
 
 
-@pytest.fixture(params=[_as_they_are, _by_output])
+def _in_half_bytes(experts):
+    def lying(weight):
+        scale = np.where(np.isnan(weight[:2]), np.float32(np.nan), np.float32(0.25))  # of two groups
+        values = (np.nan_to_num(weight) * 4).astype("int4")
+        return jax.tree.map(jnp.asarray, half_bytes(Quantized(values, scale), 1))
+
+    return jax.tree.map(lying, experts)
+
+
+@pytest.fixture(params=[_as_they_are, _by_output, _in_half_bytes])
 def lay(request):
     """How the experts' matrices lie."""
     return request.param

@@ -9,7 +9,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mixtral_jax.model.backends.few_rows import by_output
+from mixtral_jax.model.backends.half_bytes import half_bytes
 from mixtral_jax.model.backends.products import einsum
+from mixtral_jax.model.backends.quantized import Quantized
 
 SIZES = {"B": 2, "T": 6, "S": 10, "D": 16, "N": 4, "K": 2, "G": 3, "H": 8, "F": 12, "E": 4, "C": 8, "V": 20}
 SPECS = (
@@ -198,6 +201,43 @@ def test_shard_map(mesh, check_vma):
     expected = jax.grad(lambda x, w: jnp.sum(jnp.einsum("BTD,DF->BTF", x, w) ** 2), (0, 1))(x, w)
     for actual, plain in zip(jax.jit(jax.grad(mapped, (0, 1)))(x, w), expected, strict=True):
         np.testing.assert_allclose(actual, plain, rtol=1e-4, atol=1e-4)
+
+
+def _in_bfloat16(w):
+    return by_output(w.astype(jnp.bfloat16), 1)
+
+
+def _in_int8(w):
+    return by_output(Quantized((w * 10).astype(np.int8), np.full((1, w.shape[1]), 0.1, np.float32)), 1)
+
+
+def _in_int4(w):
+    return half_bytes(Quantized((w * 2).astype("int4"), np.full((2, w.shape[1]), 0.5, np.float32)), 1)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+@pytest.mark.parametrize("rows", [1, 9, 100])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [(_in_bfloat16, "float32"), (_in_int8, "bfloat16"), (_in_int8, "float32"), (_in_int4, "bfloat16")],
+)
+def test_a_program_holds_few_matrices_as_it_multiplies_them(form, dtype, rows, turns):
+    """Of eight, which are held in fewer bits, at most three are made at a time, and none before a loop around them."""
+    width, layers = 512, 8
+    w = np.random.default_rng(0).standard_normal((width, width)).clip(-3, 3).astype(np.float32)
+    weights = [jax.tree.map(jnp.asarray, form(w)) for _ in range(layers)]
+
+    def program(x, weights):
+        def turn(_, x):
+            for w in weights:
+                x = jnp.tanh(einsum("TD,DE->TE", x, w, dtype=dtype))
+            return x
+
+        return jax.lax.fori_loop(0, turns, turn, x)
+
+    x = jnp.ones((rows, width))
+    held = jax.jit(program).lower(x, weights).compile().memory_analysis().temp_size_in_bytes
+    assert held < 3 * w.size * jnp.dtype(dtype).itemsize + 8 * x.nbytes
 
 
 @pytest.mark.parametrize(
