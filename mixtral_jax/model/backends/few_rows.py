@@ -12,7 +12,7 @@ takes four times as long.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -102,20 +102,31 @@ def products(x_MK: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
 
     Sums are in float32, and a row's don't depend on the other rows.
     """
-    # The barrier keeps the cast of w from being done once for all turns of a loop around it, which would write it and
-    # read it at twice the bytes.
-    x_MK, *matrices = lax.optimization_barrier((x_MK.astype(jnp.float32), *matrices))
     rows, inputs = x_MK.shape
     in_a_loop = rows <= _SIDE_BY_SIDE or (rows <= _MOST_IN_A_LOOP and not is_wide(rows, inputs))
     if matrices[0].dtype == jnp.float32 and not in_a_loop:
-        return [_from_the_right(x_MK, w_NK) for w_NK in matrices]
-    by_rows = [_in_loops(rows_MK, matrices) for rows_MK in at_most(_MOST_IN_A_LOOP, made_once(x_MK))]
-    return [jnp.concatenate(own) for own in zip(*by_rows, strict=True)]
+        return [_from_the_right(x_MK.astype(jnp.float32), w_NK) for w_NK in matrices]
+    return in_turns(_MOST_IN_A_LOOP, x_MK, matrices, _in_loops)
 
 
-def at_most(most: int, x_MK: jax.Array) -> list[jax.Array]:
-    """Its rows in as few parts as will do, which differ by one at most."""
-    return jnp.array_split(x_MK, -(-x_MK.shape[0] // most))
+def in_turns(
+    most: int, x_MK: jax.Array, matrices: Any, multiply: Callable[[jax.Array, Any], list[jax.Array]]
+) -> list[jax.Array]:
+    """`multiply` of rows and matrices, in as few turns of at most so many rows as will do: one program for all."""
+
+    def turn(x_RK: jax.Array) -> list[jax.Array]:
+        # The barrier keeps the cast of w from being done once for all turns of a loop around it, which would write it
+        # and read it at twice the bytes.
+        x_RK, own = lax.optimization_barrier((x_RK.astype(jnp.float32), matrices))
+        return multiply(made_once(x_RK), own)
+
+    rows, inputs = x_MK.shape
+    turns = -(-rows // most)
+    if turns == 1:
+        return turn(x_MK)
+    each = -(-rows // turns)
+    x_TRK = jnp.pad(x_MK, [(0, turns * each - rows), (0, 0)]).reshape(turns, each, inputs)
+    return [y_TRN.reshape(turns * each, -1)[:rows] for y_TRN in lax.map(turn, x_TRK)]
 
 
 def _in_loops(x_MK: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:

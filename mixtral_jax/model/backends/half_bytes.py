@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from mixtral_jax.model.backends.few_rows import at_most, made_once
+from mixtral_jax.model.backends.few_rows import in_turns
 from mixtral_jax.model.backends.quantized import Quantized
 
 _MOST_IN_A_LOOP = 4
@@ -83,10 +83,7 @@ def products(x_MK: jax.Array, matrices: Sequence[HalfBytes]) -> list[jax.Array]:
 
     Products and sums are in float32, and a row's don't depend on the other rows.
     """
-    # See `few_rows.products`, of both.
-    x_MK, *matrices = lax.optimization_barrier((x_MK.astype(jnp.float32), *matrices))
-    by_rows = [_in_loops(rows_MK, matrices) for rows_MK in at_most(_MOST_IN_A_LOOP, made_once(x_MK))]
-    return [jnp.concatenate(own) for own in zip(*by_rows, strict=True)]
+    return in_turns(_MOST_IN_A_LOOP, x_MK, matrices, _in_loops)
 
 
 def _in_loops(x_MK: jax.Array, matrices: Sequence[HalfBytes]) -> list[jax.Array]:
