@@ -177,7 +177,9 @@ def _lying_by_output(whole: Quantized, inputs: int) -> Quantized | ByOutput | Ha
     """But fp8 stays as it is: of it XLA would make floats in slow loops."""
     if whole.values.dtype == np.int8:
         return by_output(whole, inputs)
-    return (half_bytes(whole, inputs) if whole.values.dtype == DTYPES["int4"] else None) or whole
+    if whole.values.dtype == DTYPES["int4"]:
+        return half_bytes(whole, inputs) or whole
+    return whole
 
 
 def computed_dtype(tensor: Tensor, execution: Execution) -> jnp.dtype:

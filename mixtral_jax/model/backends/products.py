@@ -6,7 +6,7 @@ to the product dtype first, so that all three products of a training step (resul
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -91,15 +91,19 @@ def einsums(
 ) -> list[jax.Array]:
     """`einsum` of x with each of several weights; those that lie by output, alike, may share a loop over few rows."""
     result_dtype = jnp.float32 if result_dtype is None else result_dtype
-    lying = [w for w in weights if isinstance(w, ByOutput)]
-    if len(lying) == len(weights) and len({(w.values.shape, w.values.dtype, w.inputs) for w in lying}) == 1:
-        found = _products_by_output(*_parse(spec, x, lying[0]), x.astype(dtype), lying)
-        return [y.astype(result_dtype) for y in found]
-    halves = [w for w in weights if isinstance(w, HalfBytes)]
-    if len(halves) == len(weights) and len({(w.shape, w.scale_NG.shape, w.inputs) for w in halves}) == 1:
-        found = _products_of_half_bytes(*_parse(spec, x, halves[0]), x.astype(dtype), halves)
+    forms: dict[type, Callable[..., list[jax.Array]]]
+    forms = {ByOutput: _products_by_output, HalfBytes: _products_of_half_bytes}
+    together = forms.get(type(weights[0]))
+    if together and len({_form_of(w) for w in weights}) == 1:
+        found = together(*_parse(spec, x, weights[0]), x.astype(dtype), weights)
         return [y.astype(result_dtype) for y in found]
     return [einsum(spec, x, w, dtype=dtype, result_dtype=result_dtype) for w in weights]
+
+
+def _form_of(weight: Any) -> Any:
+    """What is the same of weights that are alike."""
+    leaves, structure = jax.tree.flatten(weight)
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def weight_gradient(spec: str, x: jax.Array, dy: jax.Array, *, dtype: DTypeLike) -> jax.Array:
