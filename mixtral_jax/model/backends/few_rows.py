@@ -3,10 +3,9 @@
 There the matrix is what costs, and XLA:CPU packs it before it multiplies more rows than one: decoding waits for that.
 Here the sums of all rows run through it side by side, in one loop that reads it once, as it lies: in bfloat16 at half
 the bytes, in int8 at a quarter. Parts of it, or several matrices, run side by side too, where the rows alone would be
-too few. Where there are more rows, they take several loops, if XLA would have to make another matrix of it to multiply;
-and if it is in float32, XLA is made to pack the rows. So the matrix has to lie output by output; and XLA has to
-vectorise a sum, which it does only where it may reorder one: in programs compiled with OPTIONS. In others the same loop
-takes four times as long.
+too few. More rows take turns, where XLA would first have to make a matrix of another dtype; and where it is in float32,
+XLA is made to pack the rows. So the matrix has to lie output by output; and XLA has to vectorise a sum, which it does
+only where it may reorder one: in programs compiled with OPTIONS. In others the same loop takes four times as long.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _MOST_STREAMS = 8
 """Parts that a loop reads at a time, of all its matrices; of 16, the processors that were measured lose track."""
 _MOST_IN_A_LOOP = 8
 _MOST_IN_LOOPS = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float32): 64}
-"""By the dtype that the matrix would be made for XLA to multiply."""
+"""By the dtype of which XLA would make another matrix."""
 _MOST_FROM_THE_RIGHT = 64
 
 

@@ -24,7 +24,7 @@ from mixtral_jax.model.backends.quantized import Quantized
 
 _MOST_IN_A_LOOP = 4
 _MOST_IN_LOOPS = {jnp.dtype(jnp.bfloat16): 8, jnp.dtype(jnp.float32): 32}
-"""By the dtype that it would be made for XLA to multiply."""
+"""By the dtype of which XLA would make another matrix."""
 _MOST_STREAMS, _SUMS_AT_ONCE = 4, 8
 """Parts that a loop reads at a time, of all its matrices, and sums that it makes; of 8 parts it takes twice as long."""
 
