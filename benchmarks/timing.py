@@ -27,8 +27,8 @@ class Row:
 def interleave(contenders: dict[str, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
     """Seconds of each call of each contender, taken in turns; each must return when its work is done.
 
-    A call that is timed comes after one of its own: threads of another contender still look for work for a while, on the
-    same cores.
+    A call that is timed comes after one of its own: another contender's threads look for work for a while, on the same
+    cores.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warm_up + repeats):
