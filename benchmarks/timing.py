@@ -24,18 +24,24 @@ class Row:
     """Of the medians, ours over this one's: we are ahead above 1 where it is a rate, below 1 where less is better."""
 
 
+_SETTLED = 0.1
+"""Seconds, about, for which another contender's threads may still look for work on the same cores."""
+
+
 def interleave(contenders: dict[str, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
     """Seconds of each call of each contender, taken in turns; each must return when its work is done.
 
-    A call that is timed comes after one of its own: another contender's threads look for work for a while, on the same
-    cores.
+    A call that is timed comes after others of its own, so that it shares the machine with nobody.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warm_up + repeats):
         for name, call in contenders.items():
+            begin = time.perf_counter()
             call()
             if turn < warm_up:
                 continue
+            while time.perf_counter() - begin < _SETTLED:
+                call()
             begin = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - begin)
