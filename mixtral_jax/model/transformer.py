@@ -178,6 +178,7 @@ def _look_up(tokens_BT: jax.Array, table_VD: jax.Array, dtype: str, rules: Rules
     return jax.lax.psum(x_BTD, parts)
 
 
+@partial(jax.jit, static_argnames="config")  # so that the model is traced once for a config, however often it is asked
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
     """Fresh parameters: float32 arrays boxed with the names of their axes."""
     mesh = current_mesh()
