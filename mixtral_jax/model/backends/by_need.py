@@ -84,7 +84,7 @@ def _of_a_stack(
 def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...]) -> int | None:
     """Rows that an expert takes at a time on a CPU, of so many choices in all; None where it does as elsewhere.
 
-    By measurement, see docs/performance.md. `few_rows` is at its best with three, or four that don't lie in the first
+    By measurement, see docs/cost-growth.md. `few_rows` is at its best with three, or four that don't lie in the first
     cache; in float32 only up to four choices an expert; and `half_bytes` with four. A float32 matrix that lies as it is
     XLA:CPU reads for one row three times as fast as for several. Of other kinds nothing of the sort is known.
     """
