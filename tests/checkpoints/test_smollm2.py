@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import smollm
+from quick_compiler import optimised
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -18,8 +19,6 @@ from mixtral_jax.checkpoints.opening import open_source
 from mixtral_jax.checkpoints.upcycle import Upcycled
 from mixtral_jax.inference.perplexity import windows
 from mixtral_jax.loading import from_source
-
-pytestmark = pytest.mark.usefixtures("optimised_programs")
 
 PROMPTS = (
     "The capital of France is",
@@ -55,6 +54,13 @@ def prompts(ours: mj.Model) -> list[list[int]]:
     return [ours.tokenizer.encode(text) for text in PROMPTS]
 
 
+@pytest.fixture(scope="module")
+def answers(ours: mj.Model, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy, of up to 64 tokens."""
+    with optimised():
+        return ours.generate(prompts, max_new_tokens=64)
+
+
 def test_logits_are_those_of_transformers(ours: mj.Model, theirs: PreTrainedModel, prompts: list[list[int]]):
     """Of the five prompts in a row; all that differs is the order of sums (2e-5 measured)."""
     tokens_BT = np.array([list(itertools.chain(*prompts))])
@@ -64,9 +70,10 @@ def test_logits_are_those_of_transformers(ours: mj.Model, theirs: PreTrainedMode
     assert difference < 2e-4 * expected_BTV.std()
 
 
-def test_greedy_tokens_are_those_of_transformers(ours: mj.Model, theirs: PreTrainedModel, prompts: list[list[int]]):
+def test_greedy_tokens_are_those_of_transformers(
+    ours: mj.Model, theirs: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]
+):
     """Each is the likeliest after those before it: then it is what transformers would have written."""
-    answers = ours.generate(prompts, max_new_tokens=64)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer) == 64 or answer[-1] == ours.tokenizer.eos_id
         with torch.no_grad():
@@ -88,9 +95,9 @@ def test_perplexity_of_a_file_is_that_of_transformers(ours: mj.Model, theirs: Pr
     assert found.value == pytest.approx(np.exp(nats / found.tokens), rel=1e-4)
 
 
-def test_upcycled_to_8_experts_it_says_the_same(ours: mj.Model, prompts: list[list[int]]):
+def test_upcycled_to_8_experts_it_says_the_same(prompts: list[list[int]], answers: list[list[int]]):
     mixture = from_source(Upcycled(open_source(smollm.PATH), experts=8, experts_per_token=2), dtype="float32")
-    said = [prompt + answer for prompt, answer in zip(prompts, ours.generate(prompts, 64), strict=True)]
+    said = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     for ids, prompt in zip(said, prompts, strict=True):
         likeliest = np.asarray(mixture.logits([ids + [0] * (128 - len(ids))])).argmax(-1)[0]
         assert likeliest[len(prompt) - 1 : len(ids) - 1].tolist() == ids[len(prompt) :]
