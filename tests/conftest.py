@@ -22,8 +22,8 @@ import jax  # noqa: E402
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 
-# Tracing makes many objects, hardly any of them in cycles: to look for those as often as Python does takes an eighth of
-# the time.
+# Tracing makes many objects, hardly any of them in cycles: to look for those as often as Python does takes up to an
+# eighth of the time.
 gc.set_threshold(100_000, 50, 50)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Eight devices share few threads: two programs in flight, each waiting for some of them, would wait forever.
