@@ -24,7 +24,7 @@ from mixtral_jax.inference.requests import EngineConfig
 from mixtral_jax.inference.runner import Loaded
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.scoring import Scores, score
-from mixtral_jax.inference.weights import Prepared, assemble, restore
+from mixtral_jax.inference.weights import Prepared, assemble, lies_by_output, restore
 from mixtral_jax.model.tensors import Tensor
 from mixtral_jax.quantization import Bits, is_quantized
 from mixtral_jax.sharding.chips import multiplies_bfloat16
@@ -99,8 +99,11 @@ def from_source(
     mesh = None if mesh is None else completed(mesh)
     bits = bits_for(source, quantize)
 
+    # What is to lie as files have it need not be copied into our layout first.
+    read_one = source.read_view if lies_by_output(mesh) else source.read
+
     def read(tensor: Tensor) -> Any:
-        return source.read(tensor) if bits is None or not is_quantized(tensor) else source.read_quantized(tensor, bits)
+        return read_one(tensor) if bits is None or not is_quantized(tensor) else source.read_quantized(tensor, bits)
 
     weights = assemble(read, source.config, execution, mesh, bits)
     return Model(source.config, weights, execution, tokenizer, mesh)

@@ -68,6 +68,10 @@ class Source(abc.ABC):
         """What the matrices are stored in by our own way of rounding (quantization.py), which only our format does."""
         return None
 
+    def read_view(self, tensor: Tensor) -> np.ndarray:
+        """`read`, in whatever order of memory comes cheapest: files have a matrix's outputs first."""
+        return self.read(tensor)
+
     def read_quantized(self, tensor: Tensor, bits: Bits) -> Quantized:
         """A tensor in so many bits, on the host: as it is stored where `self.bits` are those, else rounded."""
         return quantize(self.read(tensor), tensor, bits)
@@ -134,8 +138,15 @@ class ArchiveSource(Source):
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """See Source."""
+        return self._read(tensor, in_order=True)
+
+    def read_view(self, tensor: Tensor) -> np.ndarray:
+        """See Source."""
+        return self._read(tensor, in_order=False)
+
+    def _read(self, tensor: Tensor, in_order: bool) -> np.ndarray:
         stored = self.layout[tensor]
-        return from_file(self.archive.read(stored.name, stored.part), tensor, stored)
+        return from_file(self.archive.read(stored.name, stored.part), tensor, stored, in_order)
 
     def tokenizer(self) -> Tokenizer | None:
         """See Source."""

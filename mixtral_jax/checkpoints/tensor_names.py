@@ -188,12 +188,12 @@ def file_shape(tensor: Tensor, stored: Stored) -> tuple[int, ...]:
     return int(np.prod(outputs)), int(np.prod(inputs))
 
 
-def from_file(array: np.ndarray, tensor: Tensor, stored: Stored) -> np.ndarray:
-    """An array as a file has it, in our layout."""
+def from_file(array: np.ndarray, tensor: Tensor, stored: Stored, in_order: bool = True) -> np.ndarray:
+    """An array as a file has it, in our layout; not `in_order`, a matrix is a view of it, whose inputs come last."""
     if stored.interleaved:
         array = deinterleave(array, tensor.shape[-1])
     if stored.inputs:
-        array = transposed(array)
+        array = transposed(array) if in_order else array.T
     return array.reshape(tensor.shape)
 
 

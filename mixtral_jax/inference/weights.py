@@ -77,7 +77,7 @@ def assemble(
 
     stacked = stack_of if stacks_experts(config, *form) else None
     prepared = arrange(config, lambda tensor: _put(read(tensor), tensor, *form), stacked)
-    if config.tie_embeddings and _lies_by_output(mesh):
+    if config.tie_embeddings and lies_by_output(mesh):
         return prepared._replace(unembedding_DV=ByOutput(prepared.embedding_VD, inputs=1))
     return prepared
 
@@ -132,9 +132,9 @@ def _put(
     """A tensor on the devices, in the form that is computed with."""
     whole, dtype = _quantized(whole, tensor, quantize_to), computed_dtype(tensor, execution)
     if isinstance(whole, Quantized):
-        form = _lying_by_output(whole, tensor.inputs) if _lies_by_output(mesh) else whole
+        form = _lying_by_output(whole, tensor.inputs) if lies_by_output(mesh) else whole
         return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, leaf.dtype), form)
-    if is_quantized(tensor) and _lies_by_output(mesh):
+    if is_quantized(tensor) and lies_by_output(mesh):
         # One that came in bfloat16 is as exact in it, whatever it is multiplied in.
         dtype = jnp.dtype(jnp.bfloat16) if whole.dtype == jnp.bfloat16 else dtype
         return jax.tree.map(lambda leaf: _on_devices(leaf, tensor, mesh, dtype), by_output(whole, tensor.inputs))
@@ -168,8 +168,8 @@ def _quantized(whole: Any, tensor: Tensor, quantize_to: Bits | None) -> np.ndarr
     return np.asarray(whole)
 
 
-def _lies_by_output(mesh: Mesh | None) -> bool:
-    """Whether matrices do, for `few_rows`."""
+def lies_by_output(mesh: Mesh | None) -> bool:
+    """Whether matrices do, for `few_rows`, with their outputs first."""
     return mesh is None and few_rows.are_for_this_host()
 
 

@@ -43,6 +43,9 @@ def test_a_tensor_comes_back_from_every_layout(layout, family):
         theirs = to_file(ours, tensor, stored)
         assert theirs.shape == file_shape(tensor, stored)
         np.testing.assert_array_equal(from_file(theirs, tensor, stored), ours)
+        view = from_file(theirs, tensor, stored, in_order=False)
+        np.testing.assert_array_equal(view, ours)
+        assert stored.interleaved or np.shares_memory(view, theirs)
 
 
 @pytest.mark.parametrize("layout", ALL)
