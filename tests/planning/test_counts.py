@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import jax
 import pytest
-from flax import linen as nn
 from oracles.compiler import needs_compiler
 
+from benchmarks.operations import on_a_tpu, unrolled
 from mixtral_jax.config import Dispatch, ModelConfig, MoEConfig
 from mixtral_jax.model.flops import training_flops
 from mixtral_jax.planning import counts, traffic
 from mixtral_jax.planning.compile import compile_job, lower, training_program
-from mixtral_jax.planning.compilers import compile_ahead, devices
 from mixtral_jax.planning.hlo_text import Call, parse, trips
 from mixtral_jax.planning.job import EXECUTION, Job, check
 from mixtral_jax.planning.memory import memory, training_shards
@@ -82,18 +81,6 @@ def _update(job):
     return next(each.flops for each in counts.training_work(job) if each.name == "update")
 
 
-@pytest.fixture
-def unrolled(monkeypatch):
-    """The compiler counts a loop's body once, so all loops are unrolled."""
-    scan = jax.lax.scan
-    monkeypatch.setattr(jax.lax, "scan", lambda *given, **settings: scan(*given, **{**settings, "unroll": True}))
-    monkeypatch.setattr(jax.lax, "map", _unrolled_map)
-    # Out of its loop, a layer's second forward pass would be taken for the first.
-    remat = nn.remat
-    monkeypatch.setattr(nn, "remat", lambda block, **settings: remat(block, **{**settings, "prevent_cse": True}))
-
-
-@pytest.mark.usefixtures("unrolled")
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("model", [MISTRAL, MIXTRAL])
 def test_operations_are_those_that_the_compiler_counts(model, layers):
@@ -101,11 +88,12 @@ def test_operations_are_those_that_the_compiler_counts(model, layers):
     wide = replace(model, num_layers=layers, dim=1024, hidden_dim=2048, num_heads=4, head_dim=256)
     job = _job(wide, rows=4)
     counted = sum(each.flops for each in counts.training_work(job))
-    assert counted == pytest.approx(_compile(job).cost_analysis()["flops"], rel=0.02)
+    with unrolled():
+        compiled = _compile(job)
+    assert counted == pytest.approx(compiled.cost_analysis()["flops"], rel=0.02)
 
 
 @needs_compiler
-@pytest.mark.usefixtures("unrolled")
 @pytest.mark.parametrize(
     ("model", "remat"), [(MISTRAL, "none"), (MISTRAL, "products"), (MIXTRAL, "none"), (MIXTRAL, "full")]
 )
@@ -116,17 +104,8 @@ def test_operations_on_a_tpu(model, remat):
     execution = replace(EXECUTION, remat=remat)
     job = replace(job, execution=execution, dispatch=Dispatch(capacity_factor=1.25), loss_chunk=256, platform="tpu")
     assert job.kernel == "splash"
-    counted = sum(each.flops for each in counts.training_work(job) if each.name != "attention")
-    mesh = make_mesh(job.mesh, devices(topology("v5p:2x2x1")))
-    with jax.set_mesh(mesh):
-        compiled = compile_ahead(lower(training_program(job, mesh)))
-    assert compiled.cost_analysis()["flops"] == pytest.approx(counted, rel=0.02)
-
-
-def _unrolled_map(function, inputs):
-    count = len(jax.tree.leaves(inputs)[0])
-    results = [function(jax.tree.map(lambda x, index=index: x[index], inputs)) for index in range(count)]
-    return jax.tree.map(lambda *parts: jax.numpy.stack(parts), *results)
+    counted, compiled = on_a_tpu(job, topology("v5p:2x2x1"))
+    assert compiled == pytest.approx(counted, rel=0.02)
 
 
 def test_scores_by_hand():
