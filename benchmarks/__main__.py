@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from flax import linen as nn  # noqa: E402
 
-from benchmarks import batching, growth, huggingface, maxtext, ours, overhead, pieces, processes, sparse  # noqa: E402
+from benchmarks import batching, growth, huggingface, maxtext, ours, overhead, pieces, processes, products, sparse  # noqa: E402
 from benchmarks.timing import Row, interleave, rates, show  # noqa: E402
 from mixtral_jax.config import model_config  # noqa: E402
 from mixtral_jax.errors import InputError  # noqa: E402
@@ -94,6 +94,7 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "cross-entropy": pieces.cross_entropy,
     "experts": pieces.experts,
     "attention": pieces.attention,
+    "products": products.products,
     "window": growth.window,
     "engine": lambda repeats: batching.batching(CONFIG, repeats),
     "overhead": overhead.overhead,

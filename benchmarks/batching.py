@@ -24,18 +24,22 @@ OURS = f"{REQUESTS} at a time"
 
 def batching(config: ModelConfig, repeats: int) -> list[Row]:
     """64 texts of 32 tokens and 32 more: all at once in 64 slots, in slots of 4,096 tokens, and one after another."""
+    seconds = interleave(calls(config), repeats, warm_up=1)
+    # The eight of one call stand for as many calls as it takes for all.
+    seconds["one at a time"] = [each * 8 for each in seconds["one at a time"]]
+    return rates("engine", "new tokens/s", REQUESTS * NEW, seconds, OURS)
+
+
+def calls(config: ModelConfig) -> dict[str, Callable[[], Any]]:
+    """Calls that serve the texts, but one at a time: an eighth of them."""
     execution = Execution(product_dtype="float32")
     params = nn.unbox(init_params(config, jax.random.key(0)))
     loaded = Loaded(prepare(params, config, execution), config, execution)
-    calls = {
+    return {
         OURS: _requests(loaded, REQUESTS, REQUESTS),
         f"{OURS}, room for {ROOM}": _requests(loaded, REQUESTS, REQUESTS, ROOM),
-        "one at a time": _requests(loaded, 1, 8),
+        "one at a time": _requests(loaded, 1, REQUESTS // 8),
     }
-    seconds = interleave(calls, repeats, warm_up=1)
-    # The eight of one call stand for as many calls as it takes for all.
-    seconds["one at a time"] = [each * REQUESTS / 8 for each in seconds["one at a time"]]
-    return rates("engine", "new tokens/s", REQUESTS * NEW, seconds, OURS)
 
 
 def _requests(loaded: Loaded, slots: int, count: int, room: int = PROMPT + NEW) -> Callable[[], Any]:

@@ -6,14 +6,12 @@ of a balanced share, and the backward pass computes nothing again.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.turns import told
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import InputError
 
@@ -40,10 +38,19 @@ def python_of(environment: Path) -> Path:
 
 @contextmanager
 def train(python: Path, config: ModelConfig, batch: int, length: int, dtype: str) -> Iterator[Callable[[], object]]:
-    """A call that does a training step with AdamW: float32 masters, products in dtype."""
-    settings = {"weight_dtype": "float32", "max_target_length": length, "steps": 1000, "load_balance_loss_weight": 0.02}
-    with _peer(python, _settings(config, batch, dtype) | settings) as call:
-        yield call
+    """A call that does a training step with AdamW: float32 masters, products in dtype; it is compiled by now."""
+    settings: dict[str, Any] = {
+        "weight_dtype": "float32",
+        "max_target_length": length,
+        "steps": 1000,
+        "load_balance_loss_weight": 0.02,
+    }
+    settings |= _settings(config, batch, dtype)
+    # Isolated, so that neither this folder nor PYTHONPATH hides a package of that environment.
+    command = [str(python), "-I", str(PEER), *(f"{key}={value}" for key, value in settings.items())]
+    with told(command, "MaxText", ENVIRONMENT) as tell:
+        tell("compile")
+        yield lambda: tell("step")
 
 
 def _settings(config: ModelConfig, batch: int, dtype: str) -> dict[str, Any]:
@@ -78,32 +85,3 @@ def _settings(config: ModelConfig, batch: int, dtype: str) -> dict[str, Any]:
         "run_name": "benchmark",
         "jax_cache_dir": "",
     }
-
-
-@contextmanager
-def _peer(python: Path, settings: dict[str, Any]) -> Iterator[Callable[[], object]]:
-    """A call that has it do a step, and takes as long; it is compiled by now, and ends with the context."""
-    # Isolated, so that neither this folder nor PYTHONPATH hides a package of that environment.
-    command = [str(python), "-I", str(PEER), *(f"{key}={value}" for key, value in settings.items())]
-    pipe, environment = subprocess.PIPE, os.environ | ENVIRONMENT
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, text=True) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def answer() -> str:
-            line = process.stdout.readline()
-            if not line:
-                log.seek(0)
-                raise RuntimeError(f"MaxText ended: {''.join(log.readlines()[-20:])}")
-            return line
-
-        def call() -> object:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            return float(answer())
-
-        answer()
-        yield call

@@ -42,7 +42,7 @@ OURS = "ours, bfloat16 products"
 
 def cross_entropy(repeats: int) -> list[Row]:
     """The loss of a training step's tokens over the vocabulary, with its gradients."""
-    hidden_BTD, unembedding_DV = _draw(*TRAINED, CONFIG.dim), _draw(CONFIG.dim, CONFIG.vocab_size) * CONFIG.dim**-0.5
+    hidden_BTD, unembedding_DV = draw(*TRAINED, CONFIG.dim), draw(CONFIG.dim, CONFIG.vocab_size) * CONFIG.dim**-0.5
     target_BT = np.random.default_rng(0).integers(0, CONFIG.vocab_size, TRAINED, np.int32)
     calls = cross_entropy_calls(hidden_BTD, unembedding_DV, target_BT)
     return rates("cross-entropy", "tokens/s", target_BT.size, interleave(calls, repeats, warm_up=1), OURS)
@@ -63,20 +63,20 @@ def cross_entropy_calls(hidden_BTD: np.ndarray, unembedding_DV: np.ndarray, targ
         return lambda: jax.block_until_ready(compiled(*arrays))
 
     def theirs(dtype: str) -> Any:
-        with _autocast(dtype):
+        with autocast(dtype):
             loss = functional.cross_entropy((hidden @ unembedding).flatten(0, 1), target)
         return loss, torch.autograd.grad(loss, (hidden, unembedding))
 
-    return _contenders(ours, "torch", theirs)
+    return contenders(ours, "torch", theirs)
 
 
 def experts(repeats: int) -> list[Row]:
     """A layer's router and experts: forward and backward of a training step's tokens, and forward of so many a time."""
     params = nn.unbox(init_params(LAYER, jax.random.key(0)))
-    calls = trained_experts_calls(LAYER, params, _draw(*TRAINED, LAYER.dim), _draw(*TRAINED, LAYER.dim))
+    calls = trained_experts_calls(LAYER, params, draw(*TRAINED, LAYER.dim), draw(*TRAINED, LAYER.dim))
     rows = rates("experts, training", "tokens/s", TRAINED[0] * TRAINED[1], interleave(calls, repeats, warm_up=1), OURS)
     for tokens in AT_A_TIME:
-        calls = served_experts_calls(LAYER, params, _draw(SERVED // tokens, 1, tokens, LAYER.dim))
+        calls = served_experts_calls(LAYER, params, draw(SERVED // tokens, 1, tokens, LAYER.dim))
         rows += rates(f"experts, {tokens} at a time", "tokens/s", SERVED, interleave(calls, repeats, warm_up=1), OURS)
     return rows
 
@@ -102,12 +102,12 @@ def trained_experts_calls(config: ModelConfig, params: Any, x_BTD: np.ndarray, c
         return lambda: jax.block_until_ready(both(*arrays))
 
     def theirs(dtype: str) -> Any:
-        with _autocast(dtype):
+        with autocast(dtype):
             y = layer(x)
         return y, torch.autograd.grad(y, (*layer.parameters(), x), cotangent.to(y.dtype))
 
     dropless = {"ours, bfloat16, dropless": ours("bfloat16", None), "ours, float32, dropless": ours("float32", None)}
-    return _contenders(ours, "transformers", theirs) | dropless
+    return contenders(ours, "transformers", theirs) | dropless
 
 
 def served_experts_calls(config: ModelConfig, params: Any, x_XBTD: np.ndarray) -> Calls:
@@ -136,7 +136,7 @@ def served_experts_calls(config: ModelConfig, params: Any, x_XBTD: np.ndarray) -
         with torch.inference_mode():
             return [layers[dtype](piece) for piece in pieces[dtype]]
 
-    return _contenders(ours, "transformers", theirs)
+    return contenders(ours, "transformers", theirs)
 
 
 def attention(repeats: int) -> list[Row]:
@@ -153,8 +153,8 @@ def attention(repeats: int) -> list[Row]:
 def attention_calls(config: ModelConfig, length: int, window: int | None) -> Calls:
     """Calls that give the result, and the gradients by queries, keys and values; ours [B, T, ...], torch's by heads."""
     grouped = config.num_kv_heads, config.queries_per_kv_head, config.head_dim
-    q_BTKGH, cotangent_BTKGH = _draw(1, length, *grouped), _draw(1, length, *grouped)
-    k_BTKH, v_BTKH = (_draw(1, length, config.num_kv_heads, config.head_dim) for _ in range(2))
+    q_BTKGH, cotangent_BTKGH = draw(1, length, *grouped), draw(1, length, *grouped)
+    k_BTKH, v_BTKH = (draw(1, length, config.num_kv_heads, config.head_dim) for _ in range(2))
     arrays = jax.device_put((q_BTKGH, k_BTKH, v_BTKH))
     by_heads = [torch.from_numpy(each).flatten(2, -2).transpose(1, 2) for each in (q_BTKGH, k_BTKH, v_BTKH)]
     q, k, v = (each.contiguous().requires_grad_() for each in by_heads)
@@ -173,21 +173,24 @@ def attention_calls(config: ModelConfig, length: int, window: int | None) -> Cal
         return lambda: jax.block_until_ready(both(*arrays, cotangent_BTKGH))
 
     def theirs(dtype: str) -> Any:
-        with _autocast(dtype):
+        with autocast(dtype):
             y = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return y, torch.autograd.grad(y, (q, k, v), cotangent.to(y.dtype))
 
-    return _contenders(ours, "torch", theirs)
+    return contenders(ours, "torch", theirs)
 
 
-def _contenders(ours: Callable[[str], Callable[[], Any]], who: str, theirs: Callable[[str], Any]) -> Calls:
+def contenders(ours: Callable[[str], Callable[[], Any]], who: str, theirs: Callable[[str], Any]) -> Calls:
+    """Ours and theirs, each with products in both dtypes."""
     calls = {OURS: ours("bfloat16"), "ours, float32 products": ours("float32")}
     return calls | {f"{who}, {dtype}": partial(theirs, dtype) for dtype in huggingface.DTYPES}
 
 
-def _autocast(dtype: str) -> torch.autocast:
+def autocast(dtype: str) -> torch.autocast:
+    """As users of torch train in it."""
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def _draw(*shape: int) -> np.ndarray:
+def draw(*shape: int) -> np.ndarray:
+    """float32 numbers, the same each time."""
     return np.random.default_rng(len(shape)).standard_normal(shape, np.float32)

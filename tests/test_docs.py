@@ -59,6 +59,26 @@ def test_commands(command):
         assert words[0] in ("git", "python", "pip", "kubectl"), f"an unknown program: {command}"
 
 
+def _benchmarks():
+    """Those in running text too."""
+    yield from (command for command in _commands() if command.startswith("python -m benchmarks"))
+    for page in PAGES:
+        yield from re.findall(r"(?<!`)`(python -m benchmarks[^`]*)`", page.read_text())
+
+
+@pytest.mark.parametrize("command", sorted({" ".join(command.split()) for command in _benchmarks()}))
+def test_benchmarks(command):
+    """Too slow to run: the module is there, has the options, and as for the benchmarks by name, has those."""
+    _, _, module, *words = shlex.split(command)
+    path = ROOT / module.replace(".", "/")
+    source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    options = [word for word in words if word.startswith("--")]
+    assert [option for option in options if f'"{option}"' not in source] == []
+    if module == "benchmarks":
+        names = takewhile(lambda word: not word.startswith("--"), words)
+        assert [name for name in names if f'"{name}": ' not in source] == []
+
+
 @needs_compiler
 def test_flags_are_known():
     """XLA and libtpu end a process at one that isn't."""
