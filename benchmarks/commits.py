@@ -2,14 +2,15 @@
 
 python -m benchmarks.commits COMMIT [NAME ...] --repeats 7
 
-Of the commit its package alone is taken. One from before the package had all that the benchmarks import is refused by
-an ImportError.
+Of the commit its package alone is taken. With one from before the package had all that a benchmark imports, that ends
+with the ImportError.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -23,7 +24,7 @@ from benchmarks.turns import told
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ("mixtral_jax", "sharding", "train", "configs")
-OURS = "this"
+OURS = "this checkout"
 
 
 def compare(commit: str, package: Path, name: str, repeats: int) -> list[Row]:
@@ -32,8 +33,8 @@ def compare(commit: str, package: Path, name: str, repeats: int) -> list[Row]:
     # Neither runs in this checkout, whose package would come before that of PYTHONPATH.
     with (
         tempfile.TemporaryDirectory() as folder,
-        told(command, OURS, {"PYTHONPATH": str(ROOT)}, Path(folder)) as ours,
-        told(command, commit, {"PYTHONPATH": f"{package}:{ROOT}"}, Path(folder)) as theirs,
+        told(command, OURS, importing(ROOT), Path(folder)) as ours,
+        told(command, commit, importing(package), Path(folder)) as theirs,
     ):
         contenders = ours("").rstrip("\n").split("\t")
         theirs("")
@@ -46,9 +47,15 @@ def compare(commit: str, package: Path, name: str, repeats: int) -> list[Row]:
     return rows
 
 
+def importing(package: Path) -> dict[str, str]:
+    """The environment of a process that takes the package from a folder, and the benchmarks from this checkout."""
+    return {"PYTHONPATH": os.pathsep.join((str(package), str(ROOT)))}
+
+
 def extract(commit: str, folder: Path) -> None:
     """The package as it was at a commit."""
-    archive = subprocess.run(["git", "archive", commit, *PACKAGE], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+    command = ["git", "archive", commit, *PACKAGE]
+    archive = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
 
@@ -67,12 +74,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             extract(arguments.commit, Path(folder))
-        except subprocess.CalledProcessError:
-            parser.error(f"no package at commit {arguments.commit!r}")
-        rows = []
-        for name in arguments.names or BENCHMARKS:
-            rows += compare(arguments.commit, Path(folder), name, arguments.repeats)
-    show(rows, arguments.json)
+        except FileNotFoundError:
+            parser.error("git is needed, and was not found")
+        except subprocess.CalledProcessError as error:
+            parser.error(f"git has no package of commit {arguments.commit!r}: {error.stderr.decode().strip()}")
+        rows: list[Row] = []
+        try:
+            for name in arguments.names or BENCHMARKS:
+                rows += compare(arguments.commit, Path(folder), name, arguments.repeats)
+        except RuntimeError as error:
+            sys.exit(str(error))
+        finally:
+            show(rows, arguments.json)
 
 
 if __name__ == "__main__":

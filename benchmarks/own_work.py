@@ -8,22 +8,24 @@ one by the names of all.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 from mixtral_jax.cli.platform import reuse_memory
 
-reuse_memory()  # before anything allocates
+if __name__ == "__main__":
+    reuse_memory()  # before anything allocates
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import linen as nn  # noqa: E402
+import jax
+import numpy as np
+from flax import linen as nn
 
-from benchmarks import batching, ours, pieces  # noqa: E402
-from mixtral_jax.config import model_config  # noqa: E402
-from mixtral_jax.model.transformer import init_params  # noqa: E402
+from benchmarks import batching, ours, pieces
+from mixtral_jax.config import model_config
+from mixtral_jax.model.transformer import init_params
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -94,12 +96,20 @@ BENCHMARKS: dict[str, Callable[[], Calls]] = {
 
 def main() -> None:
     """Answers until standard input ends."""
-    calls = {name: call for name, call in BENCHMARKS[sys.argv[1]]().items() if not _is_a_peers(name)}
-    for line in sys.stdin:
+    # What else is printed goes to standard error.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answer(BENCHMARKS[sys.argv[1]](), sys.stdin, answers)
+
+
+def answer(calls: Calls, lines: Iterable[str], answers: IO[str]) -> None:
+    """Does what each line says, and says so; calls that are peers' are left out."""
+    calls = {name: call for name, call in calls.items() if not _is_a_peers(name)}
+    for line in lines:
         name = line.strip()
         if name:
             calls[name]()
-        print(*([] if name else calls), sep="\t", flush=True)
+        print(*([] if name else calls), sep="\t", file=answers)
 
 
 def _is_a_peers(name: str) -> bool:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -22,7 +22,7 @@ def told(
       folder: that it runs in.
 
     Raises:
-      RuntimeError: it ended instead; with the last it said on standard error.
+      RuntimeError: it ended instead; with how, and the last it said on standard error.
     """
     pipe = subprocess.PIPE
     with (
@@ -35,16 +35,15 @@ def told(
         assert process.stdout is not None
 
         def tell(line: str) -> str:
-            try:
+            with suppress(BrokenPipeError):
                 process.stdin.write(line + "\n")
                 process.stdin.flush()
-            except BrokenPipeError:
-                answer = ""
-            else:
-                answer = process.stdout.readline()
-            if not answer:
-                log.seek(0)
-                raise RuntimeError(f"{name} ended: {''.join(log.readlines()[-20:])}")
-            return answer
+                if answer := process.stdout.readline():
+                    return answer
+            with suppress(BrokenPipeError):
+                process.stdin.close()  # which would else be tried once more as the context ends
+            code = process.wait()
+            log.seek(0)
+            raise RuntimeError(f"{name} ended with {code}: {''.join(log.readlines()[-20:])}")
 
         yield tell

@@ -11,6 +11,7 @@ import pytest
 from oracles import huggingface, tiny
 
 import mixtral_jax as mj
+from mixtral_jax.checkpoints import tensor_names
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.train import config as configs
 
@@ -162,3 +163,15 @@ def test_only_what_is_public_is_there():
     assert {"load", "Transformer", "ModelConfig"} <= set(dir(mj))
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         _ = mj.laod
+
+
+@pytest.mark.parametrize("by_output", [True, False])
+def test_matrices_that_are_to_lie_as_in_files_are_not_transposed(tmp_path, monkeypatch, by_output):
+    config = tiny.config("mixtral")
+    params = tiny.params(config)
+    huggingface.to_huggingface(config, params).save_pretrained(tmp_path)
+    copies = []
+    monkeypatch.setattr(tensor_names, "transposed", lambda array: copies.append(array) or array.T.copy())
+    monkeypatch.setattr("mixtral_jax.model.backends.few_rows.are_for_this_host", lambda: by_output)
+    chex.assert_trees_all_equal(mj.load(tmp_path, dtype="float32").params, params)
+    assert bool(copies) != by_output

@@ -1,6 +1,7 @@
 """Contenders that work in processes of their own."""
 
 import io
+import subprocess
 import sys
 
 import pytest
@@ -8,11 +9,15 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from benchmarks import own_work
+from benchmarks import commits, own_work
 from benchmarks.turns import told
 
 ECHO = "import os, sys; [print(os.environ['GREETING'], line.strip(), flush=True) for line in sys.stdin]"
-ENDS = "import sys; sys.stdin.readline(); sys.exit('no such weights')"
+ENDS = {
+    "at once": "import sys; sys.exit('no such weights')",
+    "when told": "import sys; sys.stdin.readline(); sys.exit('no such weights')",
+}
+WHERE = "import sys, mixtral_jax, benchmarks; sys.stdin.readline(); print(mixtral_jax.__file__, benchmarks.__file__)"
 
 
 def test_each_line_is_answered():
@@ -20,19 +25,36 @@ def test_each_line_is_answered():
         assert [tell("one"), tell("two")] == ["hello one\n", "hello two\n"]
 
 
-def test_a_process_that_ends_says_why():
-    message = "the peer ended: no such weights"
-    with told([sys.executable, "-c", ENDS], "the peer", {}) as tell, pytest.raises(RuntimeError, match=message):
+@pytest.mark.parametrize("when", ENDS)
+def test_a_process_that_ends_says_why(when):
+    message = "the peer ended with 1: no such weights"
+    with told([sys.executable, "-c", ENDS[when]], "the peer", {}) as tell, pytest.raises(RuntimeError, match=message):
         tell("step")
 
 
-def test_own_work_leaves_peers_out(monkeypatch, capsys):
+def test_of_a_commit_the_package_alone_is_taken(tmp_path):
+    package = tmp_path / "package"
+    (package / "mixtral_jax").mkdir(parents=True)
+    (package / "mixtral_jax" / "__init__.py").touch()
+    (package / "benchmarks").mkdir()  # a folder that is no package does not hide one
+    with told([sys.executable, "-c", WHERE], "a commit", commits.importing(package), tmp_path) as tell:
+        found = tell("where").split()
+    assert found == [str(package / "mixtral_jax" / "__init__.py"), str(commits.ROOT / "benchmarks" / "__init__.py")]
+
+
+def test_a_commits_package(tmp_path):
+    commits.extract("HEAD", tmp_path)
+    assert {each.name for each in tmp_path.iterdir()} == set(commits.PACKAGE)
+    assert (tmp_path / "mixtral_jax" / "sharding" / "__init__.py").exists()  # by a link
+    with pytest.raises(subprocess.CalledProcessError):
+        commits.extract("no-such-commit", tmp_path)
+
+
+def test_own_work_leaves_peers_out():
     called = []
     names = ["ours, float32 products", "torch, float32", "training: transformers, bfloat16", "64 at a time"]
     calls = {name: lambda name=name: called.append(name) for name in names}
-    monkeypatch.setitem(own_work.BENCHMARKS, "some", lambda: calls)
-    monkeypatch.setattr(sys, "argv", ["own_work", "some"])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n64 at a time\n"))
-    own_work.main()
-    assert capsys.readouterr().out == "ours, float32 products\t64 at a time\n\n"
+    answers = io.StringIO()
+    own_work.answer(calls, ["\n", "64 at a time\n"], answers)
+    assert answers.getvalue() == "ours, float32 products\t64 at a time\n\n"
     assert called == ["64 at a time"]

@@ -15,6 +15,7 @@ from mixtral_jax.checkpoints.tensor_names import (
     to_file,
     transposed,
 )
+from mixtral_jax.model.backends.few_rows import by_output
 from mixtral_jax.model.tensors import tensors
 
 ALL = [layout for layouts in LAYOUTS.values() for layout in layouts]
@@ -46,6 +47,8 @@ def test_a_tensor_comes_back_from_every_layout(layout, family):
         view = from_file(theirs, tensor, stored, in_order=False)
         np.testing.assert_array_equal(view, ours)
         assert stored.interleaved or np.shares_memory(view, theirs)
+        if stored.inputs:
+            assert by_output(view, tensor.inputs).values.flags.c_contiguous
 
 
 @pytest.mark.parametrize("layout", ALL)
