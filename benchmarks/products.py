@@ -1,6 +1,6 @@
 """The products of a training step of the tiny Mixtral, each alone, beside torch's: what the libraries allow.
 
-A step's other work can at best be hidden, so its products at these rates are a floor under its time.
+What they take at these rates a step takes at least, about: in it they meet other caches and other work.
 """
 
 from __future__ import annotations

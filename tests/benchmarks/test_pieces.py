@@ -20,7 +20,7 @@ CONFIG = replace(model_config("tiny-mixtral"), dim=16, hidden_dim=32, num_layers
 OURS, TORCH, TRANSFORMERS = "ours, float32 products", "torch, float32", "transformers, float32"
 
 
-def draw(*shape):
+def _draw(*shape):
     return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
@@ -34,7 +34,7 @@ def _close(ours, theirs):
 
 def test_cross_entropy():
     target_BT = np.random.default_rng(0).integers(0, 64, (2, 8), np.int32)
-    calls = pieces.cross_entropy_calls(draw(2, 8, 16), draw(16, 64), target_BT)
+    calls = pieces.cross_entropy_calls(_draw(2, 8, 16), _draw(16, 64), target_BT)
     for ours, theirs in zip(_flat(calls[OURS]()), _flat(calls[TORCH]()), strict=True):
         _close(ours, theirs)
 
@@ -48,7 +48,7 @@ def test_attention(window):
 
 def test_trained_experts():
     params = nn.unbox(init_params(CONFIG, jax.random.key(0)))
-    calls = pieces.trained_experts_calls(CONFIG, params, draw(2, 8, 16), draw(2, 8, 16))
+    calls = pieces.trained_experts_calls(CONFIG, params, _draw(2, 8, 16), _draw(2, 8, 16))
     y_BTD, (weights, x_gradient) = calls["ours, float32, dropless"]()
     theirs, (router, gate_up, down, their_x_gradient) = calls[TRANSFORMERS]()
     _close(*_flat((y_BTD, theirs)))
@@ -61,7 +61,7 @@ def test_trained_experts():
 
 def test_served_experts():
     params = nn.unbox(init_params(CONFIG, jax.random.key(0)))
-    calls = pieces.served_experts_calls(CONFIG, params, draw(3, 1, 4, 16))
+    calls = pieces.served_experts_calls(CONFIG, params, _draw(3, 1, 4, 16))
     _close(calls[OURS](), np.stack(_flat(calls[TRANSFORMERS]())))
 
 
