@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mixtral_jax.cli.platform import reuse_memory
 
@@ -24,12 +23,10 @@ reuse_memory()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from flax import linen as nn  # noqa: E402
 
 from benchmarks import ours  # noqa: E402
 from benchmarks.timing import Row, interleave, rates, show  # noqa: E402
 from mixtral_jax.config import ModelConfig, MoEConfig  # noqa: E402
-from mixtral_jax.model.transformer import init_params  # noqa: E402
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh  # noqa: E402
 
 SMALL = ModelConfig(
@@ -57,23 +54,18 @@ def mixture(num_experts: int) -> ModelConfig:
     return replace(SMALL, moe=MoEConfig(num_experts=num_experts, experts_per_token=2))
 
 
-def _setup(config: ModelConfig, batch: int, length: int) -> tuple[Any, np.ndarray]:
-    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), np.int32)
-    return nn.unbox(init_params(config, jax.random.key(0))), tokens_BT
-
-
 def _prefill(config: ModelConfig, batch: int, length: int) -> Callable[[], object]:
-    return ours.prefill(config, *_setup(config, batch, length), "float32")
+    return ours.prefill(config, *ours.draw(config, batch, length), "float32")
 
 
 def _decode(config: ModelConfig, batch: int) -> Callable[[], object]:
-    return ours.decode(config, *_setup(config, batch, 16), DECODED, "float32")
+    return ours.decode(config, *ours.draw(config, batch, 16), DECODED, "float32")
 
 
 def _train(config: ModelConfig, devices: int = 1) -> Callable[[], object]:
     """A step on so many devices, among which the experts are divided."""
     mesh = make_mesh(MeshConfig(data=1, expert=devices), jax.devices()[:devices])
-    return ours.train(config, *_setup(config, *TRAINED), "float32", mesh=mesh)
+    return ours.train(config, *ours.draw(config, *TRAINED), "float32", mesh=mesh)
 
 
 def costs(repeats: int) -> list[Row]:

@@ -9,19 +9,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig
 from mixtral_jax.inference import generate as generation
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.weights import prepare
-from mixtral_jax.model.transformer import Transformer
+from mixtral_jax.model.transformer import Transformer, init_params
 from mixtral_jax.sharding.rules import TRAINING
 from mixtral_jax.train.losses import LossConfig
 from mixtral_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from mixtral_jax.train.packing import Batch
 from mixtral_jax.train.state import TrainState, abstract_state
 from mixtral_jax.train.step import make_step
+
+
+def draw(config: ModelConfig, batch: int, length: int) -> tuple[Any, np.ndarray]:
+    """Weights and tokens [B, T], the same each time."""
+    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), np.int32)
+    return nn.unbox(init_params(config, jax.random.key(0))), tokens_BT
 
 
 def prefill(config: ModelConfig, params: Any, tokens_BT: np.ndarray, dtype: str) -> Callable[[], object]:

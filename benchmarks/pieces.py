@@ -5,7 +5,7 @@ Each call gives its results and gradients. bfloat16 is, for torch, autocast wher
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,12 +40,19 @@ WINDOW = 1024
 OURS = "ours, bfloat16 products"
 
 
-def cross_entropy(repeats: int) -> list[Row]:
-    """The loss of a training step's tokens over the vocabulary, with its gradients."""
+def timed(piece: Callable[[], Iterator[tuple[str, int, Calls]]], repeats: int) -> list[Row]:
+    """Tokens a second of a piece's contenders."""
+    rows = []
+    for name, tokens, calls in piece():
+        rows += rates(name, "tokens/s", tokens, interleave(calls, repeats, warm_up=1), OURS)
+    return rows
+
+
+def cross_entropy() -> Iterator[tuple[str, int, Calls]]:
+    """The loss of a training step's tokens over the vocabulary, with its gradients: its name, tokens, contenders."""
     hidden_BTD, unembedding_DV = draw(*TRAINED, CONFIG.dim), draw(CONFIG.dim, CONFIG.vocab_size) * CONFIG.dim**-0.5
     target_BT = np.random.default_rng(0).integers(0, CONFIG.vocab_size, TRAINED, np.int32)
-    calls = cross_entropy_calls(hidden_BTD, unembedding_DV, target_BT)
-    return rates("cross-entropy", "tokens/s", target_BT.size, interleave(calls, repeats, warm_up=1), OURS)
+    yield "cross-entropy", target_BT.size, cross_entropy_calls(hidden_BTD, unembedding_DV, target_BT)
 
 
 def cross_entropy_calls(hidden_BTD: np.ndarray, unembedding_DV: np.ndarray, target_BT: np.ndarray) -> Calls:
@@ -70,15 +77,14 @@ def cross_entropy_calls(hidden_BTD: np.ndarray, unembedding_DV: np.ndarray, targ
     return contenders(ours, "torch", theirs)
 
 
-def experts(repeats: int) -> list[Row]:
+def experts() -> Iterator[tuple[str, int, Calls]]:
     """A layer's router and experts: forward and backward of a training step's tokens, and forward of so many a time."""
     params = nn.unbox(init_params(LAYER, jax.random.key(0)))
     calls = trained_experts_calls(LAYER, params, draw(*TRAINED, LAYER.dim), draw(*TRAINED, LAYER.dim))
-    rows = rates("experts, training", "tokens/s", TRAINED[0] * TRAINED[1], interleave(calls, repeats, warm_up=1), OURS)
+    yield "experts, training", TRAINED[0] * TRAINED[1], calls
     for tokens in AT_A_TIME:
-        calls = served_experts_calls(LAYER, params, draw(SERVED // tokens, 1, tokens, LAYER.dim))
-        rows += rates(f"experts, {tokens} at a time", "tokens/s", SERVED, interleave(calls, repeats, warm_up=1), OURS)
-    return rows
+        x_XBTD = draw(SERVED // tokens, 1, tokens, LAYER.dim)
+        yield f"experts, {tokens} at a time", SERVED, served_experts_calls(LAYER, params, x_XBTD)
 
 
 def trained_experts_calls(config: ModelConfig, params: Any, x_BTD: np.ndarray, cotangent_BTD: np.ndarray) -> Calls:
@@ -139,15 +145,12 @@ def served_experts_calls(config: ModelConfig, params: Any, x_XBTD: np.ndarray) -
     return contenders(ours, "transformers", theirs)
 
 
-def attention(repeats: int) -> list[Row]:
+def attention() -> Iterator[tuple[str, int, Calls]]:
     """Attention of one row with the tiny Mixtral's heads, forward and backward, by length: W = 1024 and none."""
-    rows = []
     for length in LENGTHS:
         for window in (None, WINDOW) if length > WINDOW else (None,):
             name = f"attention T{length}, {'no window' if window is None else f'W{window}'}"
-            calls = attention_calls(CONFIG, length, window)
-            rows += rates(name, "tokens/s", length, interleave(calls, repeats, warm_up=1), OURS)
-    return rows
+            yield name, length, attention_calls(CONFIG, length, window)
 
 
 def attention_calls(config: ModelConfig, length: int, window: int | None) -> Calls:

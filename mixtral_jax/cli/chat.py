@@ -15,7 +15,7 @@ from mixtral_jax.errors import InputError
 
 if TYPE_CHECKING:
     from mixtral_jax.inference.sampling import SamplingConfig
-    from mixtral_jax.loading import Model
+    from mixtral_jax.language_model import Model
 
 Format: TypeAlias = Annotated[
     Literal["v1", "v2", "v3", "template"] | None,

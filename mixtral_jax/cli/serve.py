@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from mixtral_jax.inference.engine import Engine
-    from mixtral_jax.loading import Model
+    from mixtral_jax.language_model import Model
 
 MIB = 1 << 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mixtral_jax.errors import InputError, nearest
 from mixtral_jax.inference.generate import bucket
 from mixtral_jax.inference.sampling import SamplingConfig
-from mixtral_jax.loading import Model
+from mixtral_jax.language_model import Model
 
 _MOST_NEW_TOKENS = 256
 """Of an answer, where the task does not say: the harness's own default."""

@@ -50,11 +50,17 @@ def test_a_commits_package(tmp_path):
         commits.extract("no-such-commit", tmp_path)
 
 
-def test_own_work_leaves_peers_out():
+def test_own_work_is_done_by_name():
     called = []
-    names = ["ours, float32 products", "torch, float32", "training: transformers, bfloat16", "64 at a time"]
-    calls = {name: lambda name=name: called.append(name) for name in names}
+    calls = {name: lambda name=name: called.append(name) for name in ("ours, float32 products", "64 at a time")}
     answers = io.StringIO()
     own_work.answer(calls, ["\n", "64 at a time\n"], answers)
     assert answers.getvalue() == "ours, float32 products\t64 at a time\n\n"
     assert called == ["64 at a time"]
+
+
+def test_of_a_piece_own_work_leaves_peers_out():
+    calls = {"ours, float32 products": lambda: 1, "torch, float32": lambda: 2}
+    found = own_work.own(lambda: iter([("attention T8", 8, calls), ("attention T16", 16, calls)]))
+    assert list(found) == ["attention T8, ours, float32 products", "attention T16, ours, float32 products"]
+    assert [call() for call in found.values()] == [1, 1]

@@ -24,15 +24,18 @@ from jax.typing import DTypeLike
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.sharding.chips import has_amx
 
-OPTIONS = {"xla_cpu_enable_fast_math": True}
-"""The compiler's. Infinities, NaN, divisions and functions stay as they are: XLA has a flag for each."""
+OPTIONS = {"xla_cpu_enable_fast_math": True, "xla_cpu_prefer_vector_width": 512}
+"""The compiler's. Infinities, NaN, divisions and functions stay as they are: XLA has a flag for each. Left to itself,
+XLA vectorises by 256 bits where the processor has 512."""
 
 _SIDE_BY_SIDE, _SIDE_BY_SIDE_OF_WIDE = 4, 16
 """Sums that one loop has, at least about: a wide row is read again, for as many outputs as are made at a time."""
+_STREAMS_OF_FLOAT32, _STREAMS_OF_WIDE = 2, 4
+"""Parts that a loop reads at a time, of all its matrices, at least, where the matrices are float32 or rows wide."""
 _IN_FIRST_CACHE = 4096
 """Numbers of x that leave room there for what is read of w."""
 _MOST_STREAMS = 8
-"""Parts that a loop reads at a time, of all its matrices; of 16, the processors that were measured lose track."""
+"""And at most: of 16, the processors that were measured lose track."""
 _MOST_IN_A_LOOP = 8
 _MOST_IN_LOOPS = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float32): 64}
 """By the dtype of which XLA would make another matrix."""
@@ -131,18 +134,19 @@ def in_turns(
 def _in_loops(x_MK: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
     """Several matrices a loop, as far as they are good for it."""
     rows, inputs = x_MK.shape
-    at_its_best = _SIDE_BY_SIDE_OF_WIDE if is_wide(rows, inputs) else _SIDE_BY_SIDE
-    at_once = max(1, min(_MOST_STREAMS, 2 * at_its_best // rows))  # twice as many sums cost less than another loop
+    sums, streams = _SIDE_BY_SIDE, _STREAMS_OF_FLOAT32 if matrices[0].dtype == jnp.float32 else 1
+    if is_wide(rows, inputs):
+        sums, streams = _SIDE_BY_SIDE_OF_WIDE, _STREAMS_OF_WIDE
+    at_once = max(1, min(_MOST_STREAMS, 2 * sums // rows))  # twice as many sums cost less than another loop
+    streams = max(streams, -(-sums // rows))
     loops = [matrices[start : start + at_once] for start in range(0, len(matrices), at_once)]
-    return [
-        y_MN for loop in loops for y_MN in _in_a_loop(x_MK, [w_NK.astype(jnp.float32) for w_NK in loop], at_its_best)
-    ]
+    return [y_MN for loop in loops for y_MN in _in_a_loop(x_MK, [w_NK.astype(jnp.float32) for w_NK in loop], streams)]
 
 
-def _in_a_loop(x_MK: jax.Array, matrices: list[jax.Array], at_its_best: int) -> list[jax.Array]:
-    """One loop that makes about so many sums at a time, of parts of the matrices by their outputs."""
+def _in_a_loop(x_MK: jax.Array, matrices: list[jax.Array], streams: int) -> list[jax.Array]:
+    """One loop that reads about so many parts of the matrices at a time, by their outputs."""
     count, rows, outputs = len(matrices), x_MK.shape[0], matrices[0].shape[0]
-    wanted = -(-at_its_best // (count * rows))
+    wanted = -(-streams // count)
     parts = math.gcd(outputs, min(max(1, _MOST_STREAMS // count), 1 << (wanted - 1).bit_length()))
     pairs = [(x_K, part) for w_NK in matrices for part in jnp.split(w_NK, parts) for x_K in x_MK]
     if len(pairs) == 1:
