@@ -15,8 +15,9 @@ from flax import linen as nn
 from benchmarks import ours
 from benchmarks.timing import Row, interleave, rates
 from mixtral_jax.config import Execution, ModelConfig, MoEConfig
+from mixtral_jax.inference.compiling import program
+from mixtral_jax.inference.weights import prepare
 from mixtral_jax.model.backends import by_need
-from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.transformer import count_parameters, init_params
 
 STEPS = 32
@@ -64,26 +65,25 @@ def switch(repeats: int) -> list[Row]:
     """A layer's experts for so many tokens: all rows through each chosen one, or sorted and in blocks as on a CPU."""
     moe = MIXTURE.moe
     assert moe is not None
-    execution, rng = Execution(), np.random.default_rng(0)
-    dim, hidden = MIXTURE.dim, MIXTURE.hidden_dim
-
-    def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-    experts = tuple(SwiGLU(draw(dim, hidden), draw(dim, hidden), draw(hidden, dim)) for _ in range(moe.num_experts))
+    params = nn.unbox(init_params(replace(MIXTURE, num_layers=1), jax.random.key(0)))
+    rng = np.random.default_rng(0)
     rows: list[Row] = []
-    for tokens in (1, 8, 16, 32, 64, 128, 256):
-        chosen = [rng.permutation(moe.num_experts)[: moe.experts_per_token] for _ in range(tokens)]
-        expert_NA = jnp.asarray(np.array(chosen), jnp.int32)
-        gate_NA = jnp.full(expert_NA.shape, 1 / moe.experts_per_token, jnp.float32)
-        inputs = draw(tokens, dim), expert_NA, gate_NA, jnp.ones(tokens, bool), experts
-        block = by_need.block_on_cpu(expert_NA.size, experts)
-        forms = {"all rows": by_need.all_rows, "in blocks": partial(by_need.sorted_rows, block=block)}
-        calls = {name: _call(form, inputs, execution) for name, form in forms.items()}
-        rows += rates(f"{tokens} tokens", "calls/s", 1, interleave(calls, repeats), "all rows")
+    for dtype in ("float32", "bfloat16"):
+        execution = Execution(product_dtype=dtype)
+        experts = prepare(params, replace(MIXTURE, num_layers=1), execution).layers[0]["prepared"]["moe"]["experts"]
+        for tokens in (2, 4, 8, 16, 32, 64, 128, 256):
+            chosen = [rng.permutation(moe.num_experts)[: moe.experts_per_token] for _ in range(tokens)]
+            expert_NA = jnp.asarray(np.array(chosen), jnp.int32)
+            gate_NA = jnp.full(expert_NA.shape, 1 / moe.experts_per_token, jnp.float32)
+            x_ND = jnp.asarray(rng.standard_normal((tokens, MIXTURE.dim)), jnp.float32)
+            inputs = x_ND, expert_NA, gate_NA, jnp.ones(tokens, bool), experts
+            block = by_need.block_on_cpu(expert_NA.size, experts)
+            forms = {"all rows": by_need.all_rows, "in blocks": partial(by_need.sorted_rows, block=block)}
+            calls = {name: _call(form, inputs, execution) for name, form in forms.items()}
+            rows += rates(f"{tokens} tokens, {dtype}", "calls/s", 1, interleave(calls, repeats), "in blocks")
     return rows
 
 
 def _call(form: Callable[..., jax.Array], inputs: tuple[Any, ...], execution: Execution) -> Callable[[], object]:
-    compiled = jax.jit(partial(form, execution=execution))
+    compiled = program()(partial(form, execution=execution))
     return lambda: jax.block_until_ready(compiled(*inputs))
