@@ -19,20 +19,24 @@ from mixtral_jax.model.transformer import init_params
 
 REQUESTS, PROMPT, NEW = 64, 32, 32
 ROOM = 4096
+DTYPES = ("bfloat16", "float32")
 OURS = f"{REQUESTS} at a time"
 
 
 def batching(config: ModelConfig, repeats: int) -> list[Row]:
     """64 texts of 32 tokens and 32 more: all at once in 64 slots, in slots of 4,096 tokens, and one after another."""
-    seconds = interleave(calls(config), repeats, warm_up=1)
-    # The eight of one call stand for as many calls as it takes for all.
-    seconds["one at a time"] = [each * 8 for each in seconds["one at a time"]]
-    return rates("engine", "new tokens/s", REQUESTS * NEW, seconds, OURS)
+    rows = []
+    for dtype in DTYPES:
+        seconds = interleave(calls(config, dtype), repeats, warm_up=1)
+        # The eight of one call stand for as many calls as it takes for all.
+        seconds["one at a time"] = [each * 8 for each in seconds["one at a time"]]
+        rows += rates(f"engine, {dtype}", "new tokens/s", REQUESTS * NEW, seconds, OURS)
+    return rows
 
 
-def calls(config: ModelConfig) -> dict[str, Callable[[], Any]]:
+def calls(config: ModelConfig, dtype: str) -> dict[str, Callable[[], Any]]:
     """Calls that serve the texts, but one at a time: an eighth of them."""
-    execution = Execution(product_dtype="float32")
+    execution = Execution(product_dtype=dtype)
     params = nn.unbox(init_params(config, jax.random.key(0)))
     loaded = Loaded(prepare(params, config, execution), config, execution)
     return {

@@ -54,7 +54,7 @@ def by_need(
     else:
         anywhere = partial(all_rows, experts=experts, execution=execution)
     on_cpu = block_on_cpu(expert_NA.size, experts)
-    if on_cpu is None:
+    if on_cpu is None or x_ND.shape[0] <= on_cpu:  # of as many as one block has room for, none need be sorted out
         return anywhere(*inputs)
     in_blocks = partial(sorted_rows, experts=experts, execution=execution, block=on_cpu)
     y_ND: jax.Array = jax.lax.platform_dependent(*inputs, cpu=in_blocks, default=anywhere)

@@ -86,19 +86,21 @@ def test_all_choose_the_same_experts(tokens, lay):
     np.testing.assert_allclose(y, _dense(x, expert, gate, mask, _experts()), atol=2e-4)
 
 
-def test_a_row_is_bitwise_the_same_whatever_the_others_choose(lay):
-    x, expert, gate, _ = _choices(8)
+@pytest.mark.parametrize("tokens", [3, 8])
+def test_a_row_is_bitwise_the_same_whatever_the_others_choose(tokens, lay):
+    x, expert, gate, _ = _choices(tokens)
     step = jax.jit(by_need, static_argnums=5, compiler_options=OPTIONS)
     others = np.random.default_rng(1).permuted(expert[1:])
     found = []
     for neighbours, mask in ((expert[1:], True), (others, True), (np.roll(expert[1:], 3, axis=0), False)):
         chosen = np.concatenate([expert[:1], neighbours])
-        found.append(step(x, chosen, gate, np.array([True] + 7 * [mask]), lay(_experts()), Execution())[0])
+        real = np.array([True] + (tokens - 1) * [mask])
+        found.append(step(x, chosen, gate, real, lay(_experts()), Execution())[0])
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 300])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 300])
 def test_an_expert_that_no_real_token_chose_is_not_read(tokens, lay):
     """Its weights are NaN, and so would be whatever had touched them."""
     x, expert, gate, mask = _choices(tokens)
