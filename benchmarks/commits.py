@@ -43,7 +43,8 @@ def compare(commit: str, package: Path, name: str, repeats: int) -> list[Row]:
             calls = {OURS: partial(ours, contender), commit: partial(theirs, contender)}
             seconds = interleave(calls, repeats)
             found = {who: [1000 * each for each in times] for who, times in seconds.items()}
-            rows += amounts(f"{name}, {contender}", "ms", found, OURS)
+            title = contender if contender.startswith(name) else f"{name}, {contender}"
+            rows += amounts(title, "ms", found, OURS)
     return rows
 
 

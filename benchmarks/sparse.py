@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from mixtral_jax.config import Execution, ModelConfig, MoEConfig
 from mixtral_jax.inference.compiling import program
 from mixtral_jax.inference.weights import prepare
 from mixtral_jax.model.backends import by_need
+from mixtral_jax.model.feed_forward import SwiGLU
 from mixtral_jax.model.transformer import count_parameters, init_params
 
 STEPS = 32
@@ -66,21 +68,25 @@ def switch(repeats: int) -> list[Row]:
     moe = MIXTURE.moe
     assert moe is not None
     params = nn.unbox(init_params(replace(MIXTURE, num_layers=1), jax.random.key(0)))
-    rng = np.random.default_rng(0)
     rows: list[Row] = []
     for dtype in ("float32", "bfloat16"):
         execution = Execution(product_dtype=dtype)
         experts = prepare(params, replace(MIXTURE, num_layers=1), execution).layers[0]["prepared"]["moe"]["experts"]
+        if isinstance(experts, SwiGLU):  # a stack, for the kernel of GPUs
+            experts = tuple(jax.tree.map(itemgetter(index), experts) for index in range(moe.num_experts))
         for tokens in (2, 4, 8, 16, 32, 64, 128, 256):
+            rng = np.random.default_rng(tokens)
             chosen = [rng.permutation(moe.num_experts)[: moe.experts_per_token] for _ in range(tokens)]
             expert_NA = jnp.asarray(np.array(chosen), jnp.int32)
             gate_NA = jnp.full(expert_NA.shape, 1 / moe.experts_per_token, jnp.float32)
             x_ND = jnp.asarray(rng.standard_normal((tokens, MIXTURE.dim)), jnp.float32)
             inputs = x_ND, expert_NA, gate_NA, jnp.ones(tokens, bool), experts
             block = by_need.block_on_cpu(expert_NA.size, experts)
-            forms = {"all rows": by_need.all_rows, "in blocks": partial(by_need.sorted_rows, block=block)}
+            forms: dict[str, Callable[..., jax.Array]] = {"all rows": by_need.all_rows}
+            if block is not None:
+                forms["in blocks"] = partial(by_need.sorted_rows, block=block)
             calls = {name: _call(form, inputs, execution) for name, form in forms.items()}
-            rows += rates(f"{tokens} tokens, {dtype}", "calls/s", 1, interleave(calls, repeats), "in blocks")
+            rows += rates(f"{tokens} tokens, {dtype}", "calls/s", 1, interleave(calls, repeats), "all rows")
     return rows
 
 

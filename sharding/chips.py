@@ -122,6 +122,11 @@ def has_amx() -> bool:
     return _cpu_says("amx_bf16")
 
 
+def has_avx512() -> bool:
+    """Whether this host's CPU has vectors of 512 bits."""
+    return _cpu_says("avx512f")
+
+
 def _cpu_says(flag: str) -> bool:
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import mixtral_jax as mj
+from mixtral_jax import language_model
 from mixtral_jax.cli import chat
 from mixtral_jax.inference.sampling import SamplingConfig
 
@@ -54,7 +55,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
         yield ["half an"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mj.loading.Model, "stream", stream)
+    monkeypatch.setattr(language_model.Model, "stream", stream)
     status, out, _ = talk("a", KeyboardInterrupt(), "b")
     assert status == 0
     assert out.count("half an (stopped)") == 2
@@ -69,7 +70,7 @@ def test_an_answer_of_nothing_is_forgotten_with_its_question(model, monkeypatch,
     conversation = chat.Conversation(model, "be brief", SamplingConfig(), 8)
     before = list(conversation.messages)
     with monkeypatch.context() as patch:
-        patch.setattr(mj.loading.Model, "stream", stream)
+        patch.setattr(language_model.Model, "stream", stream)
         with pytest.raises(KeyboardInterrupt):
             list(conversation.answer("a"))
     assert conversation.messages == before

@@ -96,3 +96,9 @@ def test_what_multiplies_bfloat16(monkeypatch, platform, flags, expected, amx):
 
     monkeypatch.setattr(Path, "read_text", read)
     assert (chips.multiplies_bfloat16(platform), chips.has_amx()) == (expected, amx)
+
+
+@pytest.mark.parametrize(("flags", "wide"), [("fpu avx2 avx512f vaes", True), ("fpu avx2", False)])
+def test_which_vectors_are_wide(monkeypatch, flags, wide):
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: f"flags\t\t: {flags}\n")
+    assert chips.has_avx512() == wide

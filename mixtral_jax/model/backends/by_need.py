@@ -3,7 +3,7 @@ On NVIDIA GPUs a kernel does that, of a stack, see `experts_gpu`; the rest of th
 
 One token goes to the experts that it chose, and no other is asked. Few go through each chosen expert together, all of
 them, since the weights are what costs. Many are sorted by expert and taken a block at a time; and so are few on a CPU,
-where rows cost as well. Nothing here is differentiated.
+where rows cost as well, unless one block has room for all of them. Nothing here is differentiated.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def by_need(
     else:
         anywhere = partial(all_rows, experts=experts, execution=execution)
     on_cpu = block_on_cpu(expert_NA.size, experts)
-    if on_cpu is None or x_ND.shape[0] <= on_cpu:  # of as many as one block has room for, none need be sorted out
+    # Where one block has room for all tokens, sorting would save nothing.
+    if on_cpu is None or x_ND.shape[0] <= min(on_cpu, _FEW):
         return anywhere(*inputs)
     in_blocks = partial(sorted_rows, experts=experts, execution=execution, block=on_cpu)
     y_ND: jax.Array = jax.lax.platform_dependent(*inputs, cpu=in_blocks, default=anywhere)
@@ -135,12 +136,13 @@ def all_rows(
     execution: Execution,
 ) -> jax.Array:
     """`by_need` with all tokens going through each chosen expert together."""
-    # A row that did not choose the expert adds exactly zero, so no row depends on another's choices.
+    # A row that did not choose the expert adds exactly zero, whatever that made of it: no row depends on another's.
     gate_NE = _gates(expert_NA, gate_NA, mask_N, len(experts))
     wanted_E = jnp.any(gate_NE > 0, axis=0)
 
     def contribute(gate_N: jax.Array, weights: SwiGLU) -> jax.Array:
-        return swiglu(x_ND[None], weights, execution)[0].astype(jnp.float32) * gate_N[:, None]
+        y_ND = swiglu(x_ND[None], weights, execution)[0].astype(jnp.float32)
+        return jnp.where(gate_N[:, None] > 0, y_ND * gate_N[:, None], 0.0)
 
     def nothing(gate_N: jax.Array, weights: SwiGLU) -> jax.Array:
         return jnp.zeros(x_ND.shape, jnp.float32)

@@ -22,7 +22,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from mixtral_jax.model.backends.quantized import Quantized
-from mixtral_jax.sharding.chips import has_amx
+from mixtral_jax.sharding.chips import has_amx, has_avx512
 
 OPTIONS = {"xla_cpu_enable_fast_math": True, "xla_cpu_prefer_vector_width": 512}
 """The compiler's. Infinities, NaN, divisions and functions stay as they are: XLA has a flag for each. Left to itself,
@@ -30,12 +30,11 @@ XLA vectorises by 256 bits where the processor has 512."""
 
 _SIDE_BY_SIDE, _SIDE_BY_SIDE_OF_WIDE = 4, 16
 """Sums that one loop has, at least about: a wide row is read again, for as many outputs as are made at a time."""
-_STREAMS_OF_FLOAT32, _STREAMS_OF_WIDE = 2, 4
-"""Parts that a loop reads at a time, of all its matrices, at least, where the matrices are float32 or rows wide."""
+_STREAMS_OF_WIDE, _MOST_STREAMS = 4, 8
+"""Parts that a loop reads at a time, of all its matrices: at least, where rows are wide, and at most. Of 16, the
+processors that were measured lose track."""
 _IN_FIRST_CACHE = 4096
 """Numbers of x that leave room there for what is read of w."""
-_MOST_STREAMS = 8
-"""And at most: of 16, the processors that were measured lose track."""
 _MOST_IN_A_LOOP = 8
 _MOST_IN_LOOPS = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float32): 64}
 """By the dtype of which XLA would make another matrix."""
@@ -46,6 +45,13 @@ _MOST_FROM_THE_RIGHT = 64
 def are_for_this_host() -> bool:
     """Whether the default device is such a CPU."""
     return jax.default_backend() == "cpu" and not has_amx()
+
+
+@cache
+def streams_of_float32() -> int:
+    """Parts that a loop over float32 reads at least. By 512 bits, eight rows take from memory in one part half as long
+    again as in two; by 256 it is the other way round, for want of registers."""
+    return 2 if has_avx512() else 1
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("values", "scale"), meta_fields=("inputs",))
@@ -134,7 +140,7 @@ def in_turns(
 def _in_loops(x_MK: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
     """Several matrices a loop, as far as they are good for it."""
     rows, inputs = x_MK.shape
-    sums, streams = _SIDE_BY_SIDE, _STREAMS_OF_FLOAT32 if matrices[0].dtype == jnp.float32 else 1
+    sums, streams = _SIDE_BY_SIDE, streams_of_float32() if matrices[0].dtype == jnp.float32 else 1
     if is_wide(rows, inputs):
         sums, streams = _SIDE_BY_SIDE_OF_WIDE, _STREAMS_OF_WIDE
     at_once = max(1, min(_MOST_STREAMS, 2 * sums // rows))  # twice as many sums cost less than another loop

@@ -111,6 +111,25 @@ def test_an_expert_that_no_real_token_chose_is_not_read(tokens, lay):
     np.testing.assert_allclose(y, _dense(x, expert, gate, mask, experts), atol=2e-4)
 
 
+@pytest.mark.parametrize("tokens", [2, 8])
+def test_a_row_is_what_it_is_though_an_expert_of_another_overflows(tokens, lay):
+    x, expert, gate, _ = _choices(tokens)
+    expert[0], expert[1:] = [0, 1], [3, 2]
+    experts = _experts()
+    overflowing = (*experts[:3], jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), experts[3]))
+    y = jax.jit(by_need, static_argnums=5)(x, expert, gate, np.ones(tokens, bool), lay(overflowing), Execution())
+    np.testing.assert_allclose(y[:1], _dense(x[:1], expert[:1], gate[:1], np.ones(1), experts), atol=2e-4)
+    assert np.isnan(y[1:]).all()
+
+
+@pytest.mark.parametrize(("lay", "room"), [(_by_output, 3), (_in_half_bytes, 4)])
+def test_tokens_that_a_block_has_room_for_are_not_sorted(lay, room):
+    for tokens in (room, room + 1):
+        inputs = (*_choices(tokens), lay(_experts()), Execution())
+        loops = "while" in str(jax.make_jaxpr(by_need, static_argnums=5)(*inputs))
+        assert loops == (tokens > room)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_step_reads_the_weights_of_two_experts_a_layer(monkeypatch, fast):
     """Counted where a chosen expert's product runs, in the compiled step: for one text, two experts of eight a layer;

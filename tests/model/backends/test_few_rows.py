@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.model.backends import few_rows
 from mixtral_jax.model.backends.few_rows import OPTIONS, by_output
 from mixtral_jax.model.backends.products import einsum, einsums
 from mixtral_jax.model.backends.quantized import Quantized
@@ -168,3 +169,22 @@ def test_what_makes_x_is_made_once():
     assert np.isinf(infinite[0]).all()
     assert np.isnan(infinite[1]).all()
     assert np.isfinite(infinite[2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "held", "sums"),
+    [
+        (1, 256, "bfloat16", 4),
+        (8, 256, "bfloat16", 8),
+        (8, 256, "float32", 16),
+        (2, 4096, "bfloat16", 16),
+        (8, 4096, "bfloat16", 32),
+    ],
+)
+def test_sums_that_run_side_by_side(monkeypatch, rows, inputs, held, sums):
+    """Of a matrix that is multiplied by wide rows four parts are read at least, of float32 with AVX-512 two."""
+    monkeypatch.setattr(few_rows, "streams_of_float32", lambda: 2)
+    x, w = jnp.ones((rows, inputs)), jnp.ones((64, inputs), held)
+    jaxpr = jax.make_jaxpr(lambda x, w: few_rows.products(x, [w]))(x, w)
+    (loop,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "reduce")
+    assert len(loop.outvars) == sums
