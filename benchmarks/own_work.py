@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import IO, Any
+from typing import IO
 
 from mixtral_jax.cli.platform import reuse_memory
 
@@ -20,11 +20,10 @@ if __name__ == "__main__":
     reuse_memory()  # before anything allocates
 
 from benchmarks import batching, pieces, whole
+from benchmarks.pieces import Calls
 
-Calls = dict[str, Callable[[], Any]]
 
-
-def own(piece: Callable[[], Iterator[tuple[str, int, pieces.Calls]]]) -> Calls:
+def own(piece: Callable[[], Iterator[tuple[str, int, Calls]]]) -> Calls:
     """A piece's calls without its peers'."""
     named = ((name, who, call) for name, _, calls in piece() for who, call in calls.items())
     return {f"{name}, {who}": call for name, who, call in named if who.startswith("ours")}

@@ -8,16 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import huggingface, maxtext, ours
+from benchmarks.pieces import OURS, Calls
 from benchmarks.timing import Row, interleave, rates
 from mixtral_jax.config import model_config
-
-Calls = dict[str, Callable[[], object]]
 
 CONFIG = model_config("tiny-mixtral")
 LENGTH = 512
 PROMPT = 16
 NEW_TOKENS = 64
-OURS = "ours, bfloat16 products"
 _FORMS = {OURS: "bfloat16", "ours, float32 products": "float32"}
 
 

@@ -50,7 +50,7 @@ def are_for_this_host() -> bool:
 @cache
 def streams_of_float32() -> int:
     """Parts that a loop over float32 reads at least. By 512 bits, eight rows take from memory in one part half as long
-    again as in two; by 256 it is the other way round, for want of registers."""
+    again as in two; by 256 it is the other way round."""
     return 2 if has_avx512() else 1
 
 
