@@ -81,7 +81,7 @@ def switch(repeats: int) -> list[Row]:
             gate_NA = jnp.full(expert_NA.shape, 1 / moe.experts_per_token, jnp.float32)
             x_ND = jnp.asarray(rng.standard_normal((tokens, MIXTURE.dim)), jnp.float32)
             inputs = x_ND, expert_NA, gate_NA, jnp.ones(tokens, bool), experts
-            block = by_need.block_on_cpu(expert_NA.size, experts)
+            block = by_need.block_on_cpu(expert_NA.size, experts, execution)
             forms: dict[str, Callable[..., jax.Array]] = {"all rows": by_need.all_rows}
             if block is not None:
                 forms["in blocks"] = partial(by_need.sorted_rows, block=block)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from mixtral_jax.config import Execution
 from mixtral_jax.model.backends import experts_gpu
-from mixtral_jax.model.backends.few_rows import ByOutput, is_wide
+from mixtral_jax.model.backends.few_rows import ByOutput, is_wide, on_matrix_units
 from mixtral_jax.model.backends.half_bytes import HalfBytes
 from mixtral_jax.model.dispatch import combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
@@ -53,7 +53,7 @@ def by_need(
         anywhere = partial(sorted_rows, experts=experts, execution=execution, block=block)
     else:
         anywhere = partial(all_rows, experts=experts, execution=execution)
-    on_cpu = block_on_cpu(expert_NA.size, experts)
+    on_cpu = block_on_cpu(expert_NA.size, experts, execution)
     # Where one block has room for all tokens, sorting would save nothing.
     if on_cpu is None or x_ND.shape[0] <= min(on_cpu, _FEW):
         return anywhere(*inputs)
@@ -82,17 +82,20 @@ def _of_a_stack(
     return y_ND
 
 
-def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...]) -> int | None:
+def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...], execution: Execution) -> int | None:
     """Rows that an expert takes at a time on a CPU, of so many choices in all; None where it does as elsewhere.
 
     By measurement, see docs/cost-growth.md. `few_rows` is at its best with three, or four that don't lie in the first
-    cache; in float32 only up to four choices an expert; and `half_bytes` with four. A float32 matrix that lies as it is
-    XLA:CPU reads for one row three times as fast as for several. Of other kinds nothing of the sort is known.
+    cache; in float32 only up to four choices an expert; and `half_bytes` with four. Matrix units take sixteen as soon
+    as three. A float32 matrix that lies as it is XLA:CPU reads for one row three times as fast as for several. Of other
+    kinds nothing of the sort is known.
     """
     gate = experts[0].gate
     if isinstance(gate, ByOutput):
-        block = 4 if is_wide(4, gate.shape[0]) else 3
-        most = 4 if gate.values.dtype == jnp.float32 else 16
+        held, inputs = gate.values.dtype, gate.shape[0]
+        block, most = 4 if is_wide(4, inputs) else 3, 4 if held == jnp.float32 else 16
+        if on_matrix_units(held, execution.product_dtype):
+            block, most = 4 if is_wide(8, inputs) else 2, 2
     elif isinstance(gate, HalfBytes):
         block, most = 4, 16
     elif all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(experts)):

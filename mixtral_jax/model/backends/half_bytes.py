@@ -1,4 +1,4 @@
-"""Products with a matrix in int4, on a CPU without matrix units.
+"""Products with a matrix in int4, on a CPU.
 
 XLA:CPU makes floats of int4 one after another. Of bytes that hold two it makes them in vectors, if neither has to move
 to another place: so a byte holds an input of the first half and one of the second, and each half is multiplied by its

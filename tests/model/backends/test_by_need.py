@@ -10,8 +10,8 @@ from mixtral_jax.config import Execution, MoEConfig
 from mixtral_jax.inference.decode import forward
 from mixtral_jax.inference.weights import prepare
 from mixtral_jax.model.backends import few_rows
-from mixtral_jax.model.backends.by_need import by_need
-from mixtral_jax.model.backends.few_rows import OPTIONS, by_output
+from mixtral_jax.model.backends.by_need import block_on_cpu, by_need
+from mixtral_jax.model.backends.few_rows import OPTIONS, ByOutput, by_output
 from mixtral_jax.model.backends.half_bytes import half_bytes
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.cache import empty_cache
@@ -128,6 +128,16 @@ def test_tokens_that_a_block_has_room_for_are_not_sorted(lay, room):
         inputs = (*_choices(tokens), lay(_experts()), Execution())
         loops = "while" in str(jax.make_jaxpr(by_need, static_argnums=5)(*inputs))
         assert loops == (tokens > room)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "choices", "block"), [(512, 16, 2), (1024, 16, 4), (512, 17, 16), (1024, 17, 16), (512, 2048, 288)]
+)
+def test_matrix_units_take_a_block_from_few_choices_an_expert_on(monkeypatch, inputs, choices, block):
+    monkeypatch.setattr("mixtral_jax.model.backends.by_need.on_matrix_units", lambda held, multiplied: True)
+    gate = ByOutput(jnp.zeros((4, inputs), jnp.bfloat16), 1)
+    experts = (SwiGLU(gate, gate, gate),) * 8
+    assert block_on_cpu(choices, experts, Execution(product_dtype="bfloat16")) == block
 
 
 @pytest.mark.parametrize("fast", [True, False])

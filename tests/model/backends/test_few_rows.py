@@ -188,3 +188,58 @@ def test_sums_that_run_side_by_side(monkeypatch, rows, inputs, held, sums):
     jaxpr = jax.make_jaxpr(lambda x, w: few_rows.products(x, [w]))(x, w)
     (loop,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "reduce")
     assert len(loop.outvars) == sums
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", True), ("gpu", False)])
+def test_are_for_every_cpu(monkeypatch, platform, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(few_rows, "has_matrix_units", lambda: True)
+    assert few_rows.are_for_this_host.__wrapped__() == expected
+
+
+@pytest.mark.parametrize(
+    ("amx", "held", "multiplied", "expected"),
+    [
+        (True, "bfloat16", "bfloat16", True),
+        (True, "bfloat16", "float32", False),
+        (True, "int8", "bfloat16", False),
+        (True, "float32", "float32", False),
+        (False, "bfloat16", "bfloat16", False),
+    ],
+)
+def test_what_matrix_units_multiply(monkeypatch, amx, held, multiplied, expected):
+    monkeypatch.setattr(few_rows, "has_matrix_units", lambda: amx)
+    assert few_rows.on_matrix_units(held, multiplied) == expected
+
+
+@pytest.fixture
+def matrix_units(monkeypatch):
+    """A CPU that has them for bfloat16."""
+    monkeypatch.setattr(few_rows, "has_matrix_units", lambda: True)
+
+
+@pytest.mark.parametrize(("rows", "form"), [(1, "reduce"), (2, "reduce"), (3, "left"), (40, "left"), (41, "right")])
+def test_matrix_units_take_more_than_two_rows(matrix_units, rows, form):
+    """With the matrix on the left, which is not packed; of many rows, for its inputs, on the right."""
+    x, w = _operands((rows, 1, 320), (320, 24), "bfloat16")
+
+    def multiply(x, w):
+        return einsum("BTD,DF->BTF", x, by_output(w, 1), dtype="bfloat16")
+
+    jaxpr = jax.make_jaxpr(multiply)(x, w).jaxpr
+    found = [equation for equation in jaxpr.eqns if equation.primitive.name in {"reduce", "dot_general"}]
+    assert len(found) == 1
+    expected = {"reduce": None, "left": 24, "right": rows}[form]
+    assert (None if found[0].primitive.name == "reduce" else found[0].invars[0].aval.shape[0]) == expected
+    rounded = np.asarray(x.astype(jnp.bfloat16), np.float64)
+    whole = jax.jit(multiply, compiler_options=OPTIONS)(x, w)
+    np.testing.assert_allclose(whole, np.einsum("BTD,DF->BTF", rounded, np.asarray(w, np.float64)), atol=2e-4)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 20])
+def test_on_matrix_units_a_row_does_not_depend_on_the_others(matrix_units, rows):
+    x, w = _operands((rows, 1, 192), (192, 40), "bfloat16")
+    multiply = jax.jit(lambda x, w: einsum("BTD,DF->BTF", x, w, dtype="bfloat16"), compiler_options=OPTIONS)
+    whole = multiply(x, by_output(w, 1))
+    np.testing.assert_array_equal(multiply(x[::-1], by_output(w, 1))[::-1], whole)
+    np.testing.assert_array_equal(multiply(x.at[1:].set(jnp.nan), by_output(w, 1))[0], whole[0])
