@@ -83,7 +83,6 @@ def test_auto_is_what_the_device_multiplies_fast(tmp_path, monkeypatch, fast, ax
     huggingface.to_huggingface(config, tiny.params(config)).save_pretrained(tmp_path)
     asked = []
     monkeypatch.setattr("mixtral_jax.loading.multiplies_bfloat16", lambda platform: asked.append(platform) or fast)
-    monkeypatch.setattr("mixtral_jax.model.backends.few_rows.are_for_this_host", lambda: not fast)
     mesh = axes and jax.make_mesh((2,), tuple(axes), devices=jax.devices()[:2])
     model = mj.load(tmp_path, dtype="auto", mesh=mesh)
     assert asked == ["cpu"]

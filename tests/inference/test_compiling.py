@@ -10,10 +10,10 @@ from mixtral_jax.inference.compiling import program
 from mixtral_jax.model.backends import few_rows
 
 
-@pytest.mark.parametrize(("slow", "on_mesh"), [(True, False), (True, True), (False, False)])
-def test_sums_may_be_reordered_where_few_rows_are_for(monkeypatch, slow, on_mesh):
+@pytest.mark.parametrize(("for_this_host", "on_mesh"), [(True, False), (True, True), (False, False)])
+def test_sums_may_be_reordered_where_few_rows_are_for(monkeypatch, for_this_host, on_mesh):
     monkeypatch.setattr(few_rows, "OPTIONS", {"xla_no_such_option": True})
-    monkeypatch.setattr(few_rows, "are_for_this_host", lambda: slow)
+    monkeypatch.setattr(few_rows, "are_for_this_host", lambda: for_this_host)
 
     @program(static_argnames=("times",))
     def repeated(x, times):
@@ -24,7 +24,7 @@ def test_sums_may_be_reordered_where_few_rows_are_for(monkeypatch, slow, on_mesh
     refused = pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option")
     with jax.set_mesh(jax.make_mesh((2,), ("data",))) if on_mesh else nullcontext():
         for call in (repeated, lambda *args, **kwargs: repeated.lower(*args, **kwargs).compile()):
-            with refused if slow and not on_mesh else nullcontext():
+            with refused if for_this_host and not on_mesh else nullcontext():
                 call(jnp.ones(3), times=2)
 
 

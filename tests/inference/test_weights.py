@@ -24,16 +24,16 @@ from mixtral_jax.model.tensors import look_up
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
 
-@pytest.fixture(params=[True, False], ids=["fast-bfloat16", "slow-bfloat16"])
-def fast(request, monkeypatch):
-    """A CPU with units for bfloat16, and one without."""
+@pytest.fixture(params=[True, False], ids=["as-they-lie", "by-output"])
+def as_they_lie(request, monkeypatch):
+    """Whether matrices do, as elsewhere than on a CPU, or by output."""
     monkeypatch.setattr(few_rows, "are_for_this_host", lambda: not request.param)
     return request.param
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("tie", [False, True])
-def test_restores_the_public_tree(family, tie, fast):
+def test_restores_the_public_tree(family, tie, as_they_lie):
     config = tiny.config(family, tie_embeddings=tie)
     params = tiny.params(config)
     chex.assert_trees_all_equal(restore(prepare(params, config, Execution())), params)
@@ -43,52 +43,52 @@ def test_restores_the_public_tree(family, tie, fast):
 
 
 @pytest.mark.parametrize("execution", [Execution(product_dtype="bfloat16"), Execution(weight_dtype="bfloat16")])
-def test_matrices_are_short_and_what_decides_is_not(execution, fast):
+def test_matrices_are_short_and_what_decides_is_not(execution, as_they_lie):
     config = tiny.config("mixtral")
     prepared = prepare(tiny.params(config), config, execution)
     layer = prepared.layers[0]
-    query = layer["params" if fast else "prepared"]["attention"]["query"]
-    assert isinstance(query, ByOutput) != fast
+    query = layer["params" if as_they_lie else "prepared"]["attention"]["query"]
+    assert isinstance(query, ByOutput) != as_they_lie
     assert {leaf.dtype for leaf in jax.tree.leaves((query, prepared.unembedding_DV))} == {jnp.dtype(jnp.bfloat16)}
     assert layer["params"]["moe"]["router"].dtype == jnp.float32
     assert layer["params"]["attention_norm"]["scale"].dtype == jnp.float32
 
 
-def test_each_expert_is_an_array_of_its_own(fast):
+def test_each_expert_is_an_array_of_its_own(as_they_lie):
     config = tiny.config("mixtral")
     params = tiny.params(config)
     experts = prepare(params, config, Execution()).layers[1]["prepared"]["moe"]["experts"]
     assert len(experts) == 4
-    found = experts[2].down if fast else experts[2].down.values.T
+    found = experts[2].down if as_they_lie else experts[2].down.values.T
     np.testing.assert_array_equal(found, params["layers"]["moe"]["down"][1, 2])
 
 
-def test_a_matrix_in_bfloat16_stays_so_where_it_is_as_exact_and_faster(fast):
+def test_a_matrix_in_bfloat16_stays_so_where_it_is_as_exact_and_faster(as_they_lie):
     """Whatever it is multiplied in."""
     config = tiny.config("mistral", tie_embeddings=True)
     short = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.params(config))
     prepared = prepare(short, config, Execution())
-    query = prepared.layers[0]["params" if fast else "prepared"]["attention"]["query"]
-    assert jax.tree.leaves(query)[0].dtype == (jnp.float32 if fast else jnp.bfloat16)
+    query = prepared.layers[0]["params" if as_they_lie else "prepared"]["attention"]["query"]
+    assert jax.tree.leaves(query)[0].dtype == (jnp.float32 if as_they_lie else jnp.bfloat16)
     assert prepared.embedding_VD.dtype == jnp.float32  # for what one row of it is added to
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_tied_embedding_lies_by_output_as_it_is(dtype, fast):
+def test_a_tied_embedding_lies_by_output_as_it_is(dtype, as_they_lie):
     config = tiny.config("mistral", tie_embeddings=True)
     prepared = prepare(tiny.params(config), config, Execution(weight_dtype=dtype))
     assert prepared.embedding_VD.dtype == dtype
-    assert prepared.unembedding_DV is None if fast else prepared.unembedding_DV.values is prepared.embedding_VD
+    assert prepared.unembedding_DV is None if as_they_lie else prepared.unembedding_DV.values is prepared.embedding_VD
 
 
 @pytest.mark.parametrize(("bits", "form"), [("int8", ByOutput), ("int4", HalfBytes), ("fp8", Quantized)])
-def test_what_is_quantised_lies_as_few_rows_take_it(bits, form, fast):
+def test_what_is_quantised_lies_as_few_rows_take_it(bits, form, as_they_lie):
     config = tiny.config("mixtral", dim=128, hidden_dim=128)
     params = tiny.params(config)
     prepared = assemble(lambda tensor: look_up(params, tensor), config, Execution(), quantize_to=bits)
     layer = prepared.layers[0]["prepared"]
     matrices = [layer["attention"]["query"], *layer["moe"]["experts"][1], prepared.unembedding_DV]
-    assert {type(matrix) for matrix in matrices} == {Quantized if fast else form}
+    assert {type(matrix) for matrix in matrices} == {Quantized if as_they_lie else form}
 
 
 WIDE = {"dim": 64, "hidden_dim": 128}

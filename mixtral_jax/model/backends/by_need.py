@@ -86,16 +86,16 @@ def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...], execution: Execution
     """Rows that an expert takes at a time on a CPU, of so many choices in all; None where it does as elsewhere.
 
     By measurement, see docs/cost-growth.md. `few_rows` is at its best with three, or four that don't lie in the first
-    cache; in float32 only up to four choices an expert; and `half_bytes` with four. Matrix units take sixteen as soon
-    as three. A float32 matrix that lies as it is XLA:CPU reads for one row three times as fast as for several. Of other
-    kinds nothing of the sort is known.
+    cache; in float32 only up to four choices an expert; and `half_bytes` with four. On matrix units, small blocks are
+    only for up to two choices an expert. A float32 matrix that lies as it is XLA:CPU reads for one row three times as
+    fast as for several. Of other kinds nothing of the sort is known.
     """
     gate = experts[0].gate
-    if isinstance(gate, ByOutput):
-        held, inputs = gate.values.dtype, gate.shape[0]
-        block, most = 4 if is_wide(4, inputs) else 3, 4 if held == jnp.float32 else 16
-        if on_matrix_units(held, execution.product_dtype):
-            block, most = 4 if is_wide(8, inputs) else 2, 2
+    if isinstance(gate, ByOutput) and on_matrix_units(gate.values.dtype, execution.product_dtype):
+        block, most = 2 if gate.shape[0] <= 512 else 4, 2
+    elif isinstance(gate, ByOutput):
+        block = 4 if is_wide(4, gate.shape[0]) else 3
+        most = 4 if gate.values.dtype == jnp.float32 else 16
     elif isinstance(gate, HalfBytes):
         block, most = 4, 16
     elif all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(experts)):

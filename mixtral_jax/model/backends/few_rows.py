@@ -4,8 +4,9 @@ There the matrix is what costs, and XLA:CPU packs it before it multiplies more r
 Here the sums of all rows run through it side by side, in one loop that reads it once, as it lies: in bfloat16 at half
 the bytes, in int8 at a quarter. Parts of it, or several matrices, run side by side too, where the rows alone would be
 too few. More rows take turns, where XLA would first have to make a matrix of another dtype; and where it is in float32,
-XLA is made to pack the rows. So the matrix has to lie output by output; and XLA has to vectorise a sum, which it does
-only where it may reorder one: in programs compiled with OPTIONS. In others the same loop takes four times as long.
+or in bfloat16 and there are matrix units, XLA is made to pack the rows. So the matrix has to lie output by output; and
+XLA has to vectorise a sum, which it does only where it may reorder one: in programs compiled with OPTIONS. In others
+the same loop takes four times as long.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _IN_FIRST_CACHE = 4096
 """Numbers of x that leave room there for what is read of w."""
 _MOST_IN_A_LOOP = 8
 _MOST_BESIDE_UNITS = 2
-"""Rows in a loop where there are matrix units, which take about as long for three rows as for sixteen."""
+"""Rows in a loop where there are matrix units."""
 _MOST_IN_LOOPS = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float32): 64}
 """By the dtype of which XLA would make another matrix."""
 _MOST_FROM_THE_RIGHT = 64
@@ -108,7 +109,9 @@ def by_output(weight: Any, inputs: int) -> ByOutput:
 
 def are_few(rows: int, inputs: int, held: DTypeLike, multiplied: DTypeLike) -> bool:
     """Whether `products` is the fastest for so many rows, and a matrix held in one dtype and multiplied in another."""
-    if held == jnp.float32 or on_matrix_units(held, multiplied):
+    if on_matrix_units(held, multiplied):
+        return 0 < rows <= _MOST_FROM_THE_RIGHT
+    if held == jnp.float32:
         # To write the product's transpose costs as much as is won where the matrix has few inputs.
         return 0 < rows <= min(_MOST_FROM_THE_RIGHT, inputs // 8)
     return 0 < rows <= (_MOST_IN_A_LOOP if held == multiplied else _MOST_IN_LOOPS[jnp.dtype(multiplied)])
@@ -132,7 +135,7 @@ def products(x_MK: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
         in_a_loop = held != jnp.float32 or rows <= _SIDE_BY_SIDE or in_first_cache
     if in_a_loop:
         return in_turns(_MOST_IN_A_LOOP, x_MK, matrices, _in_loops)
-    return [_from_the_right(x_MK.astype(held), w_NK) for w_NK in matrices]
+    return [_from_the_right(x_MK, w_NK) for w_NK in matrices]
 
 
 def in_turns(

@@ -193,7 +193,7 @@ def test_sums_that_run_side_by_side(monkeypatch, rows, inputs, held, sums):
 @pytest.mark.parametrize(("platform", "expected"), [("cpu", True), ("gpu", False)])
 def test_are_for_every_cpu(monkeypatch, platform, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(few_rows, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(few_rows, "has_amx", lambda: True)
     assert few_rows.are_for_this_host.__wrapped__() == expected
 
 
@@ -218,9 +218,9 @@ def matrix_units(monkeypatch):
     monkeypatch.setattr(few_rows, "has_matrix_units", lambda: True)
 
 
-@pytest.mark.parametrize(("rows", "form"), [(1, "reduce"), (2, "reduce"), (3, "left"), (40, "left"), (41, "right")])
+@pytest.mark.parametrize(("rows", "form"), [(1, "reduce"), (2, "reduce"), (3, "left"), (64, "left"), (65, "right")])
 def test_matrix_units_take_more_than_two_rows(matrix_units, rows, form):
-    """With the matrix on the left, which is not packed; of many rows, for its inputs, on the right."""
+    """With the matrix on the left, which is not packed; many have it on the right."""
     x, w = _operands((rows, 1, 320), (320, 24), "bfloat16")
 
     def multiply(x, w):
