@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -114,25 +115,28 @@ def multiplies_bfloat16(platform: str) -> bool:
     """
     if platform != "cpu":
         return not computes_on_old_gpu()
-    return has_amx() or _cpu_says("avx512_bf16")
+    return has_amx() or "avx512_bf16" in cpu_flags()
 
 
 def has_amx() -> bool:
     """Whether this host's CPU has matrix units."""
-    return _cpu_says("amx_bf16")
+    return "amx_bf16" in cpu_flags()
 
 
 def has_avx512() -> bool:
     """Whether this host's CPU has vectors of 512 bits."""
-    return _cpu_says("avx512f")
+    return "avx512f" in cpu_flags()
 
 
-def _cpu_says(flag: str) -> bool:
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What this host's CPU says that it has; nothing where it does not say."""
     try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return False
-    return re.search(rf"^flags\s*:.*\b{flag}\b", flags, re.MULTILINE) is not None
+        return frozenset()
+    found = re.search(r"^flags\s*:(.*)$", told, re.MULTILINE)
+    return frozenset(found[1].split()) if found else frozenset()
 
 
 def computes_on_old_gpu() -> bool:

@@ -78,27 +78,35 @@ def test_old_gpus(monkeypatch, platform, capability, is_old):
 
 
 @pytest.mark.parametrize(
-    ("platform", "flags", "expected", "amx"),
+    ("told", "flags"),
     [
-        ("tpu", None, True, False),
-        ("gpu", "flags : sse", True, False),
-        ("cpu", None, False, False),
-        ("cpu", "model : x\nflags\t\t: fpu avx2 avx512_bf16 vaes\n", True, False),
-        ("cpu", "flags : amx_bf16\n", True, True),
-        ("cpu", "flags : fpu avx2 avx512_bf16x\nbugs : amx_bf16\n", False, False),
+        (None, set()),
+        ("flags : sse", {"sse"}),
+        ("model : x\nflags\t\t: fpu avx2 avx512_bf16 vaes\nbugs : amx_bf16\n", {"fpu", "avx2", "avx512_bf16", "vaes"}),
+        ("Features : fp asimd\n", set()),
     ],
 )
-def test_what_multiplies_bfloat16(monkeypatch, platform, flags, expected, amx):
+def test_what_the_cpu_says(monkeypatch, told, flags):
     def read(path, encoding):
-        if flags is None:
+        if told is None:
             raise FileNotFoundError(path)
-        return flags
+        return told
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert (chips.multiplies_bfloat16(platform), chips.has_amx()) == (expected, amx)
+    assert chips.cpu_flags.__wrapped__() == flags
 
 
-@pytest.mark.parametrize(("flags", "wide"), [("fpu avx2 avx512f vaes", True), ("fpu avx2", False)])
-def test_which_vectors_are_wide(monkeypatch, flags, wide):
-    monkeypatch.setattr(Path, "read_text", lambda path, encoding: f"flags\t\t: {flags}\n")
-    assert chips.has_avx512() == wide
+@pytest.mark.parametrize(
+    ("platform", "flags", "bfloat16", "amx", "wide"),
+    [
+        ("tpu", "", True, False, False),
+        ("gpu", "sse", True, False, False),
+        ("cpu", "avx2", False, False, False),
+        ("cpu", "avx2 avx512f avx512_bf16", True, False, True),
+        ("cpu", "avx512f avx512_bf16x", False, False, True),
+        ("cpu", "amx_bf16", True, True, False),
+    ],
+)
+def test_what_a_platform_has(monkeypatch, platform, flags, bfloat16, amx, wide):
+    monkeypatch.setattr(chips, "cpu_flags", lambda: frozenset(flags.split()))
+    assert (chips.multiplies_bfloat16(platform), chips.has_amx(), chips.has_avx512()) == (bfloat16, amx, wide)

@@ -3,10 +3,9 @@
 There the matrix is what costs, and XLA:CPU packs it before it multiplies more rows than one: decoding waits for that.
 Here the sums of all rows run through it side by side, in one loop that reads it once, as it lies: in bfloat16 at half
 the bytes, in int8 at a quarter. Parts of it, or several matrices, run side by side too, where the rows alone would be
-too few. More rows take turns, where XLA would first have to make a matrix of another dtype; and where it is in float32,
-or in bfloat16 and there are matrix units, XLA is made to pack the rows. So the matrix has to lie output by output; and
-XLA has to vectorise a sum, which it does only where it may reorder one: in programs compiled with OPTIONS. In others
-the same loop takes four times as long.
+too few. More rows take turns, where XLA would first have to make a matrix of another dtype; else see `packing`. So the
+matrix has to lie output by output; and XLA has to vectorise a sum, which it does only where it may reorder one: in
+programs compiled with OPTIONS. In others the same loop takes four times as long.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from mixtral_jax.model.backends.contraction import contract
 from mixtral_jax.model.backends.quantized import Quantized
-from mixtral_jax.sharding.chips import has_amx, has_avx512
+from mixtral_jax.sharding import chips
 
 OPTIONS = {"xla_cpu_enable_fast_math": True, "xla_cpu_prefer_vector_width": 512}
 """The compiler's. Infinities, NaN, divisions and functions stay as they are: XLA has a flag for each. Left to itself,
@@ -42,7 +40,6 @@ _MOST_BESIDE_UNITS = 2
 """Rows in a loop where there are matrix units."""
 _MOST_IN_LOOPS = {jnp.dtype(jnp.bfloat16): 16, jnp.dtype(jnp.float32): 64}
 """By the dtype of which XLA would make another matrix."""
-_MOST_FROM_THE_RIGHT = 64
 
 
 @cache
@@ -51,22 +48,15 @@ def are_for_this_host() -> bool:
     return jax.default_backend() == "cpu"
 
 
-@cache
 def streams_of_float32() -> int:
     """Parts that a loop over float32 reads at least. By 512 bits, eight rows take from memory in one part half as long
     again as in two; by 256 it is the other way round."""
-    return 2 if has_avx512() else 1
-
-
-@cache
-def has_matrix_units() -> bool:
-    """Whether the processor has units for products of matrices in bfloat16."""
-    return has_amx()
+    return 2 if chips.has_avx512() else 1
 
 
 def on_matrix_units(held: DTypeLike, multiplied: DTypeLike) -> bool:
     """Whether a matrix held in one dtype and multiplied in another is for such units."""
-    return jnp.dtype(held) == jnp.dtype(multiplied) == jnp.bfloat16 and has_matrix_units()
+    return jnp.dtype(held) == jnp.dtype(multiplied) == jnp.bfloat16 and chips.has_amx()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("values", "scale"), meta_fields=("inputs",))
@@ -110,10 +100,9 @@ def by_output(weight: Any, inputs: int) -> ByOutput:
 def are_few(rows: int, inputs: int, held: DTypeLike, multiplied: DTypeLike) -> bool:
     """Whether `products` is the fastest for so many rows, and a matrix held in one dtype and multiplied in another."""
     if on_matrix_units(held, multiplied):
-        return 0 < rows <= _MOST_FROM_THE_RIGHT
-    if held == jnp.float32:
-        # To write the product's transpose costs as much as is won where the matrix has few inputs.
-        return 0 < rows <= min(_MOST_FROM_THE_RIGHT, inputs // 8)
+        return 0 < rows <= _MOST_BESIDE_UNITS
+    if held == multiplied == jnp.float32:
+        return 0 < rows <= (_SIDE_BY_SIDE if is_wide(rows, inputs) else _MOST_IN_A_LOOP)
     return 0 < rows <= (_MOST_IN_A_LOOP if held == multiplied else _MOST_IN_LOOPS[jnp.dtype(multiplied)])
 
 
@@ -127,15 +116,7 @@ def products(x_MK: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
 
     Sums are in float32, and a row's don't depend on the other rows.
     """
-    (rows, inputs), held = x_MK.shape, matrices[0].dtype
-    if on_matrix_units(held, x_MK.dtype):
-        in_a_loop = rows <= _MOST_BESIDE_UNITS
-    else:
-        in_first_cache = rows <= _MOST_IN_A_LOOP and not is_wide(rows, inputs)
-        in_a_loop = held != jnp.float32 or rows <= _SIDE_BY_SIDE or in_first_cache
-    if in_a_loop:
-        return in_turns(_MOST_IN_A_LOOP, x_MK, matrices, _in_loops)
-    return [_from_the_right(x_MK, w_NK) for w_NK in matrices]
+    return in_turns(_MOST_IN_A_LOOP, x_MK, matrices, _in_loops)
 
 
 def in_turns(
@@ -181,15 +162,6 @@ def _in_a_loop(x_MK: jax.Array, matrices: list[jax.Array], streams: int) -> list
         return [jnp.max(_side_by_side(pairs * 2), axis=0, keepdims=True)]
     y_WPMN = _side_by_side(pairs).reshape(count, parts, rows, -1)
     return list(jnp.swapaxes(y_WPMN, 1, 2).reshape(count, rows, outputs))
-
-
-def _from_the_right(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
-    """The product as XLA's own, of w and x: it packs the right operand, which had better be small.
-
-    Of 16 rows and matrices of 1024 x 3584 in float32 that takes 0.45 times as long as with the matrix on the right, of
-    8 in bfloat16 on matrix units 0.6. Without the barrier XLA makes the other product of it again.
-    """
-    return lax.optimization_barrier(contract("nk", "mk", "nm", w_NK, x_MK)).T
 
 
 def made_once(x: jax.Array) -> jax.Array:

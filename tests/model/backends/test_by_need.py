@@ -16,6 +16,7 @@ from mixtral_jax.model.backends.half_bytes import half_bytes
 from mixtral_jax.model.backends.quantized import Quantized
 from mixtral_jax.model.cache import empty_cache
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
+from mixtral_jax.sharding import chips
 
 EXPERTS, DIM, HIDDEN = 4, 8, 12
 
@@ -145,7 +146,7 @@ def test_tokens_that_a_block_has_room_for_are_not_sorted(lay, room):
 )
 def test_rows_that_an_expert_takes_at_a_time(monkeypatch, units, held, multiplied, inputs, choices, block):
     """On matrix units few at a time only up to two choices an expert."""
-    monkeypatch.setattr(few_rows, "has_matrix_units", lambda: units)
+    monkeypatch.setattr(chips, "has_amx", lambda: units)
     gate = ByOutput(jnp.zeros((4, inputs), held), 1)
     experts = (SwiGLU(gate, gate, gate),) * 8
     assert block_on_cpu(choices, experts, Execution(product_dtype=multiplied)) == block
@@ -156,7 +157,7 @@ def test_a_step_reads_the_weights_of_two_experts_a_layer(monkeypatch, as_they_li
     """Counted where a chosen expert's product runs, in the compiled step: for one text, two experts of eight a layer;
     for a few in float32 two each, one text after another; where matrices lie by output, those that any of them chose,
     for nine some twice, but on matrix units; for one that has ended, none."""
-    monkeypatch.setattr(few_rows, "has_matrix_units", lambda: units)
+    monkeypatch.setattr(chips, "has_amx", lambda: units)
     # No other test has traced a layer of this one.
     norm_eps = 1.6e-5 if units else 1.5e-5
     config = tiny.config("mixtral", num_layers=3, norm_eps=norm_eps, moe=MoEConfig(num_experts=8, experts_per_token=2))

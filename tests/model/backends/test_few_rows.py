@@ -11,6 +11,7 @@ from mixtral_jax.model.backends import few_rows
 from mixtral_jax.model.backends.few_rows import OPTIONS, by_output
 from mixtral_jax.model.backends.products import einsum, einsums
 from mixtral_jax.model.backends.quantized import Quantized
+from mixtral_jax.sharding import chips
 
 LOOP = r"reduce_fusion(\.\d+)? = "
 """In a compiled program's text."""
@@ -30,7 +31,7 @@ def _operands(x_shape, w_shape, dtype):
     [
         ("BTD,DF->BTF", (24,), (24, 12), 1),
         ("BTD,DF->BTF", (23,), (23, 9), 1),  # outputs that can't be divided
-        ("BTD,DF->BTF", (320,), (320, 10), 1),  # inputs enough for 40 rows to be few in float32
+        ("BTD,DF->BTF", (320,), (320, 10), 1),  # inputs enough for XLA to pack 40 rows in float32
         ("BTD,DF->BTF", (2100,), (2100, 24), 1),  # wide rows
         ("BTD,DNH->BTNH", (24,), (24, 3, 4), 1),
         ("BTNH,NHD->BTD", (6, 4), (6, 4, 5), 2),
@@ -193,7 +194,6 @@ def test_sums_that_run_side_by_side(monkeypatch, rows, inputs, held, sums):
 @pytest.mark.parametrize(("platform", "expected"), [("cpu", True), ("gpu", False)])
 def test_are_for_every_cpu(monkeypatch, platform, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(few_rows, "has_amx", lambda: True)
     assert few_rows.are_for_this_host.__wrapped__() == expected
 
 
@@ -208,38 +208,25 @@ def test_are_for_every_cpu(monkeypatch, platform, expected):
     ],
 )
 def test_what_matrix_units_multiply(monkeypatch, amx, held, multiplied, expected):
-    monkeypatch.setattr(few_rows, "has_matrix_units", lambda: amx)
+    monkeypatch.setattr(chips, "has_amx", lambda: amx)
     assert few_rows.on_matrix_units(held, multiplied) == expected
 
 
-@pytest.fixture
-def matrix_units(monkeypatch):
-    """A CPU that has them for bfloat16."""
-    monkeypatch.setattr(few_rows, "has_matrix_units", lambda: True)
-
-
-@pytest.mark.parametrize(("rows", "form"), [(1, "reduce"), (2, "reduce"), (3, "left"), (64, "left"), (65, "right")])
-def test_matrix_units_take_more_than_two_rows(matrix_units, rows, form):
-    """With the matrix on the left, which is not packed; many have it on the right."""
-    x, w = _operands((rows, 1, 320), (320, 24), "bfloat16")
-
-    def multiply(x, w):
-        return einsum("BTD,DF->BTF", x, by_output(w, 1), dtype="bfloat16")
-
-    jaxpr = jax.make_jaxpr(multiply)(x, w).jaxpr
-    found = [equation for equation in jaxpr.eqns if equation.primitive.name in {"reduce", "dot_general"}]
-    assert len(found) == 1
-    expected = {"reduce": None, "left": 24, "right": rows}[form]
-    assert (None if found[0].primitive.name == "reduce" else found[0].invars[0].aval.shape[0]) == expected
-    rounded = np.asarray(x.astype(jnp.bfloat16), np.float64)
-    whole = jax.jit(multiply, compiler_options=OPTIONS)(x, w)
-    np.testing.assert_allclose(whole, np.einsum("BTD,DF->BTF", rounded, np.asarray(w, np.float64)), atol=2e-4)
-
-
-@pytest.mark.parametrize("rows", [2, 3, 20])
-def test_on_matrix_units_a_row_does_not_depend_on_the_others(matrix_units, rows):
-    x, w = _operands((rows, 1, 192), (192, 40), "bfloat16")
-    multiply = jax.jit(lambda x, w: einsum("BTD,DF->BTF", x, w, dtype="bfloat16"), compiler_options=OPTIONS)
-    whole = multiply(x, by_output(w, 1))
-    np.testing.assert_array_equal(multiply(x[::-1], by_output(w, 1))[::-1], whole)
-    np.testing.assert_array_equal(multiply(x.at[1:].set(jnp.nan), by_output(w, 1))[0], whole[0])
+@pytest.mark.parametrize(
+    ("amx", "inputs", "held", "multiplied", "most"),
+    [
+        (False, 256, "bfloat16", "bfloat16", 8),
+        (True, 256, "bfloat16", "bfloat16", 2),
+        (False, 256, "int8", "bfloat16", 16),
+        (True, 256, "int8", "bfloat16", 16),
+        (False, 256, "bfloat16", "float32", 64),
+        (False, 256, "float32", "float32", 8),
+        (False, 600, "float32", "float32", 6),
+        (False, 4096, "float32", "float32", 4),
+    ],
+)
+def test_how_many_are_few(monkeypatch, amx, inputs, held, multiplied, most):
+    """In float32, where they are read from the first cache more."""
+    monkeypatch.setattr(chips, "has_amx", lambda: amx)
+    held, multiplied = jnp.dtype(held), jnp.dtype(multiplied)
+    assert [rows for rows in range(100) if few_rows.are_few(rows, inputs, held, multiplied)] == list(range(1, most + 1))

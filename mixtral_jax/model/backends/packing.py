@@ -1,0 +1,41 @@
+"""XLA:CPU's own product of rows with a matrix that lies by output.
+
+It packs the right operand before it multiplies. With the matrix there that takes longer than to multiply few rows; with
+the rows there, the product's transpose is what comes out.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from mixtral_jax.model.backends.contraction import contract
+from mixtral_jax.sharding import chips
+
+_MOST = 64
+"""Rows. Of more, to write the product's transpose costs more than is won."""
+_MANY_INPUTS = 1024
+
+
+def product(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
+    """x times the transpose of w, of one dtype: float32 [M, N]."""
+    rows, inputs = x_MK.shape
+    if not packs_rows(rows, inputs, x_MK.dtype):
+        return contract("mk", "nk", "mn", x_MK, w_NK)
+    # Without the barrier XLA makes the other product of it again.
+    return lax.optimization_barrier(contract("nk", "mk", "nm", w_NK, x_MK)).T
+
+
+def packs_rows(rows: int, inputs: int, dtype: DTypeLike) -> bool:
+    """Whether the rows are on the right: by measurement, see docs/few-rows.md."""
+    if rows > _MOST:
+        return False
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        # To write the product's transpose costs as much as is won where the matrix has few inputs.
+        return inputs >= 8 * rows
+    if chips.has_amx():
+        return True
+    # XLA has kernels for 16 and 32 rows: of numbers between, some take longer from the right and some half the time.
+    return chips.multiplies_bfloat16("cpu") and inputs >= _MANY_INPUTS and (rows <= 16 or rows % 32 == 0)
