@@ -24,6 +24,8 @@ from mixtral_jax.model.dispatch import combine, sorted_slots, spread
 from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 
 _FEW = 32
+_FEW_INPUTS = 512
+"""Of matrices that units read fast enough to do so for two rows at a time."""
 _SMALLEST_BLOCK, _LARGEST_BLOCK, _STEP = 32, 512, 16
 
 
@@ -92,7 +94,7 @@ def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...], execution: Execution
     """
     gate = experts[0].gate
     if isinstance(gate, ByOutput) and on_matrix_units(gate.values.dtype, execution.product_dtype):
-        block, most = 2 if gate.shape[0] <= 512 else 4, 2
+        block, most = 2 if gate.shape[0] <= _FEW_INPUTS else 4, 2
     elif isinstance(gate, ByOutput):
         block = 4 if is_wide(4, gate.shape[0]) else 3
         most = 4 if gate.values.dtype == jnp.float32 else 16

@@ -3,9 +3,9 @@
 There the matrix is what costs, and XLA:CPU packs it before it multiplies more rows than one: decoding waits for that.
 Here the sums of all rows run through it side by side, in one loop that reads it once, as it lies: in bfloat16 at half
 the bytes, in int8 at a quarter. Parts of it, or several matrices, run side by side too, where the rows alone would be
-too few. More rows take turns, where XLA would first have to make a matrix of another dtype; else see `packing`. So the
-matrix has to lie output by output; and XLA has to vectorise a sum, which it does only where it may reorder one: in
-programs compiled with OPTIONS. In others the same loop takes four times as long.
+too few. More rows take turns, where XLA would first have to make a matrix of another dtype; else see `operand_order`.
+So the matrix has to lie output by output; and XLA has to vectorise a sum, which it does only where it may reorder one:
+in programs compiled with OPTIONS. In others the same loop takes four times as long.
 """
 
 from __future__ import annotations

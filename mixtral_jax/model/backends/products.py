@@ -17,7 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from mixtral_jax.model.backends import few_rows, half_bytes, packing
+from mixtral_jax.model.backends import few_rows, half_bytes, operand_order
 from mixtral_jax.model.backends.contraction import contract, contract_forward, contract_gradient
 from mixtral_jax.model.backends.few_rows import ByOutput
 from mixtral_jax.model.backends.half_bytes import HalfBytes
@@ -151,7 +151,8 @@ def _by_output(x_MK: jax.Array, matrices: list[jax.Array]) -> list[jax.Array]:
     if held.itemsize <= x_MK.dtype.itemsize and few_rows.are_few(rows, inputs, held, x_MK.dtype):
         return few_rows.products(x_MK, matrices)
     # Of two dimensions each, XLA:CPU takes the operands as they lie; of more it writes a matrix's transpose first.
-    return [packing.product(x_MK, _made_beside(x_MK, w_NK)) for w_NK in matrices]
+    made = held != x_MK.dtype
+    return [operand_order.product(x_MK, _made_beside(x_MK, w_NK), made) for w_NK in matrices]
 
 
 def _products_of_half_bytes(
@@ -176,7 +177,7 @@ def _by_halves(x_MK: jax.Array, w: HalfBytes) -> jax.Array:
     w = replace(w, scale_NG=w.scale_NG * one)
     x_MJ = jnp.split(x_MK, 2, axis=1)
     halves = [w.half(which).reshape(w.bytes_NJ.shape).astype(x_MK.dtype) for which in (0, 1)]
-    first, second = (packing.product(x, half) for x, half in zip(x_MJ, halves, strict=True))
+    first, second = (operand_order.product(x, half, made=True) for x, half in zip(x_MJ, halves, strict=True))
     return first + second
 
 

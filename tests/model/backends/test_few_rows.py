@@ -220,6 +220,7 @@ def test_what_matrix_units_multiply(monkeypatch, amx, held, multiplied, expected
         (False, 256, "int8", "bfloat16", 16),
         (True, 256, "int8", "bfloat16", 16),
         (False, 256, "bfloat16", "float32", 64),
+        (False, 24, "float32", "float32", 8),
         (False, 256, "float32", "float32", 8),
         (False, 600, "float32", "float32", 6),
         (False, 4096, "float32", "float32", 4),

@@ -15,27 +15,32 @@ from mixtral_jax.model.backends.contraction import contract
 from mixtral_jax.sharding import chips
 
 _MOST = 64
-"""Rows. Of more, to write the product's transpose costs more than is won."""
+"""Rows. Of prompts of 512 tokens what comes after loses more, by reading the transpose, than the product wins."""
 _MANY_INPUTS = 1024
+"""In bfloat16; of fewer that is so with few rows too."""
 
 
-def product(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
-    """x times the transpose of w, of one dtype: float32 [M, N]."""
+def product(x_MK: jax.Array, w_NK: jax.Array, made: bool = False) -> jax.Array:
+    """x times the transpose of w, of one dtype: float32 [M, N].
+
+    Args:
+      made: whether w is made of fewer bits in the same program.
+    """
     rows, inputs = x_MK.shape
-    if not packs_rows(rows, inputs, x_MK.dtype):
+    if not has_rows_right(rows, inputs, x_MK.dtype, made):
         return contract("mk", "nk", "mn", x_MK, w_NK)
     # Without the barrier XLA makes the other product of it again.
     return lax.optimization_barrier(contract("nk", "mk", "nm", w_NK, x_MK)).T
 
 
-def packs_rows(rows: int, inputs: int, dtype: DTypeLike) -> bool:
+def has_rows_right(rows: int, inputs: int, dtype: DTypeLike, made: bool) -> bool:
     """Whether the rows are on the right: by measurement, see docs/few-rows.md."""
-    if rows > _MOST:
+    if not 0 < rows <= _MOST:
         return False
     if jnp.dtype(dtype) != jnp.bfloat16:
         # To write the product's transpose costs as much as is won where the matrix has few inputs.
         return inputs >= 8 * rows
     if chips.has_amx():
-        return True
-    # XLA has kernels for 16 and 32 rows: of numbers between, some take longer from the right and some half the time.
+        return not made  # which was not measured there
+    # XLA has kernels for 16 and 32 rows: 24 and 48 take from 0.75 to 1.5 times as long so, by the matrix.
     return chips.multiplies_bfloat16("cpu") and inputs >= _MANY_INPUTS and (rows <= 16 or rows % 32 == 0)
