@@ -16,8 +16,8 @@ from mixtral_jax.sharding import chips
 
 _MOST = 64
 """Rows. Of prompts of 512 tokens what comes after loses more, by reading the transpose, than the product wins."""
-_MANY_INPUTS = 1024
-"""In bfloat16; of fewer that is so with few rows too."""
+_MANY_INPUTS, _VERY_MANY_INPUTS = 1024, 1536
+"""In bfloat16. Of fewer than many that is so with few rows too, of fewer than very many with some numbers of rows."""
 
 
 def product(x_MK: jax.Array, w_NK: jax.Array, made: bool = False) -> jax.Array:
@@ -42,5 +42,6 @@ def has_rows_right(rows: int, inputs: int, dtype: DTypeLike, made: bool) -> bool
         return inputs >= 8 * rows
     if chips.has_amx():
         return not made  # which was not measured there
-    # XLA has kernels for 16 and 32 rows: 24 and 48 take from 0.75 to 1.5 times as long so, by the matrix.
-    return chips.multiplies_bfloat16("cpu") and inputs >= _MANY_INPUTS and (rows <= 16 or rows % 32 == 0)
+    # XLA has kernels for 16 and 32 rows. Numbers between are slow with the matrix on the right too, if it is large.
+    fitting = rows <= 16 or rows % 32 == 0 or (rows <= 48 and inputs >= _VERY_MANY_INPUTS)
+    return chips.multiplies_bfloat16("cpu") and inputs >= _MANY_INPUTS and fitting

@@ -27,13 +27,13 @@ def units(request, monkeypatch):
 
 
 @pytest.mark.parametrize("made", [False, True])
-@pytest.mark.parametrize("inputs", [256, 1024])
+@pytest.mark.parametrize("inputs", [256, 1024, 1536])
 def test_how_many_rows_are_on_the_right(units, inputs, made):
     """A matrix that is made of another stays there with AMX."""
     few = inputs == 256
     expected = {
         "none": [],
-        "AVX512-BF16": [] if few else [*range(1, 17), 32, 64],
+        "AVX512-BF16": {256: [], 1024: [*range(1, 17), 32, 64], 1536: [*range(1, 49), 64]}[inputs],
         "AMX": [] if made else list(range(1, 65)),
     }
 
@@ -54,6 +54,7 @@ def test_how_many_rows_are_on_the_right(units, inputs, made):
         ("AVX512-BF16", "bfloat16", 1024, 9, "rows"),
         ("AVX512-BF16", "bfloat16", 1024, 32, "rows"),
         ("AVX512-BF16", "bfloat16", 1024, 33, "matrix"),
+        ("AVX512-BF16", "bfloat16", 1536, 33, "rows"),
         ("AMX", "bfloat16", 192, 3, "rows"),
         ("AMX", "bfloat16", 192, 20, "rows"),
         ("AMX", "bfloat16", 192, 65, "matrix"),
