@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixtral_jax.model.backends import chunked, flash, splash
+from mixtral_jax.model.backends import flash, runs, splash
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.planning.job import DTYPE_BYTES, AttentionKernel, Job
 from mixtral_jax.planning.memory import cache_bytes, decoding_weights, training_shards
@@ -42,8 +42,8 @@ def attended_keys(length: int, before: int | None, total: int, window: int | Non
       before: keys before the first query; None where only running tells, and any key may be seen.
       total: keys.
     """
-    runs = chunked.plan(length, total, before, window, chunk)
-    return sum(run.chunks * run.queries * run.keys for run in runs)
+    found = runs.plan(length, total, before, window, chunk)
+    return sum(run.chunks * run.queries * run.keys for run in found)
 
 
 def local_scores(job: Job) -> int:

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.model.backends.bits import numbers
-from mixtral_jax.model.backends.chunked import MASKED, Run, over, plan, scaled, softmax
+from mixtral_jax.model.backends.chunked import scaled
 from mixtral_jax.model.backends.products import einsum
 from mixtral_jax.model.backends.quantized import Quantized
+from mixtral_jax.model.backends.runs import Run, over, plan
+from mixtral_jax.model.backends.softmax import Part, nothing, softmax, together
 from mixtral_jax.sharding.mesh import platform
 
 MOST_SCORES = 1 << 27
@@ -82,16 +84,6 @@ def queries_at_once(chunk: int, scores: int) -> int:
     return min(chunk, 1 << max(1, MOST_SCORES // scores).bit_length() - 1)
 
 
-class _Part(NamedTuple):
-    """Attention to some of the keys, to be divided by the weights' sums."""
-
-    mixed_BKGTH: jax.Array
-    peak_BKGT: jax.Array
-    """The score whose weight is 1."""
-    total_BKGT: jax.Array
-    """The weights' sums."""
-
-
 def _attend(
     q_BTKGH: jax.Array,
     k_BKSH: jax.Array | Quantized,
@@ -100,25 +92,24 @@ def _attend(
     block: int,
     product_dtype: str,
 ) -> jax.Array:
-    """`chunked.attend`, a block of slots after another (Milakov and Gimelshein, 2018)."""
+    """What `chunked.attend` is a part of, a block of slots after another."""
     q_BKGTH = jnp.transpose(scaled(q_BTKGH), (0, 2, 3, 1, 4))
     everything, slots = (k_BKSH, v_BKSH, seen.visible_BTS), seen.visible_BTS.shape[2]
 
-    def step(number: jax.Array, so_far: _Part) -> _Part:
+    def step(number: jax.Array, so_far: Part) -> Part:
         # The last block is as large as the others, and is not to see what was seen.
         begin = number * block
         start = jnp.minimum(begin, slots - block)
         k, v, seen_BTS = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, axis=2), everything)
         seen_BTS &= (start + jnp.arange(block) >= begin)[None, None]
-        return _together(so_far, _part(q_BKGTH, k, v, seen_BTS, product_dtype))
+        return together(so_far, _part(q_BKGTH, k, v, seen_BTS, product_dtype))
 
     if block == slots:
         found = _part(q_BKGTH, *everything, product_dtype)
     else:
-        zeros_BKGT = jnp.zeros_like(q_BKGTH[..., 0])
-        nothing = _Part(jnp.zeros_like(q_BKGTH), zeros_BKGT + MASKED, zeros_BKGT)
-        found = jax.lax.fori_loop(0, -(-jnp.maximum(jnp.max(seen.extent_B), 1) // block), step, nothing)
-    return jnp.transpose(found.mixed_BKGTH / found.total_BKGT[..., None], (0, 3, 1, 2, 4))
+        blocks = -(-jnp.maximum(jnp.max(seen.extent_B), 1) // block)
+        found = jax.lax.fori_loop(0, blocks, step, nothing(q_BKGTH))
+    return jnp.transpose(found.attention(), (0, 3, 1, 2, 4))
 
 
 def _part(
@@ -127,7 +118,7 @@ def _part(
     v_BKSH: jax.Array | Quantized,
     visible_BTS: jax.Array,
     product_dtype: str,
-) -> _Part:
+) -> Part:
     """By products of one matrix a text and head: of other forms XLA:GPU makes some for which it lays the whole cache
     out anew."""
     q_BKMH = q_BKGTH.reshape(*q_BKGTH.shape[:2], -1, q_BKGTH.shape[-1])
@@ -137,11 +128,4 @@ def _part(
     scores_BKGTS = scores_BKMS.reshape(*q_BKGTH.shape[:-1], -1)
     weight_BKGTS, peak_BKGT, total_BKGT = softmax(scores_BKGTS, visible_BTS[:, None, None])
     mixed_BKMH = einsum("BKMS,BKSH->BKMH", weight_BKGTS.reshape(scores_BKMS.shape), v_BKSH, dtype=product_dtype)
-    return _Part(mixed_BKMH.reshape(q_BKGTH.shape), peak_BKGT, total_BKGT)
-
-
-def _together(one: _Part, other: _Part) -> _Part:
-    peak_BKGT = jnp.maximum(one.peak_BKGT, other.peak_BKGT)
-    by_one, by_other = (jnp.exp(each.peak_BKGT - peak_BKGT) for each in (one, other))
-    mixed_BKGTH = one.mixed_BKGTH * by_one[..., None] + other.mixed_BKGTH * by_other[..., None]
-    return _Part(mixed_BKGTH, peak_BKGT, one.total_BKGT * by_one + other.total_BKGT * by_other)
+    return Part(mixed_BKMH.reshape(q_BKGTH.shape), peak_BKGT, total_BKGT)

@@ -2,8 +2,9 @@
 
 A chunk of c queries needs c + W - 1 keys at most. Few chunks are unrolled, each with just the keys that it sees (for a
 causal mask without a window that saves half the work); many are looped over, in a few spans, each chunk of a span with
-as many keys as its widest needs. The backward pass keeps the result and a number for each query and head, and computes
-scores again.
+as many keys as its widest needs (see `runs`). On a CPU their keys are looped over too, a block at a time as far as the
+chunk sees: the scores of a block stay in the processor's cache, those of many keys would go through memory. The
+backward pass keeps the result and a number for each query and head, and computes scores again.
 """
 
 from __future__ import annotations
@@ -17,31 +18,30 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.model.backends.products import einsum, weight_gradient
+from mixtral_jax.model.backends.runs import SPANS, Run, are_unrolled, over, plan
+from mixtral_jax.model.backends.softmax import Part, nothing, softmax, together
 from mixtral_jax.model.masks import visible
+from mixtral_jax.sharding.mesh import platform
 
-MOST_UNROLLED = 16
-"""Chunks of a sequence; where there are more, they are a loop."""
-SPANS = 4
-"""Loops of a sequence without a window."""
-MASKED = -1e30
-"""A score that is not to count. Finite: a row that sees nothing yields the mean of the values, not NaN."""
+KEYS_AT_ONCE = 256
+"""Of a block, at most, and twice as many as a chunk has queries."""
 
 
 def attend(
     q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array, product_dtype: str
-) -> tuple[jax.Array, jax.Array]:
+) -> Part:
     """Softmax attention of grouped queries over the keys that they see.
 
     Scores and softmax are float32, whatever the operands; scale H ** -0.5.
 
     Returns:
-      float32 [B, T, K, G, H], and the log of each query's partition function, float32 [B, T, K, G].
+      float32 [B, T, K, G, H], not yet divided by the weights' sums, which are [B, T, K, G].
     """
     scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", scaled(q_BTKGH), k_BSKH, dtype=product_dtype)
     weight_BKGTS, peak_BKGT, total_BKGT = softmax(scores_BKGTS, visible_BTS[:, None, None])
     mixed_BTKGH = einsum("BKGTS,BSKH->BTKGH", weight_BKGTS, v_BSKH, dtype=product_dtype)
-    total_BTKG, peak_BTKG = (jnp.transpose(each, (0, 3, 1, 2)) for each in (total_BKGT, peak_BKGT))
-    return mixed_BTKGH / total_BTKG[..., None], peak_BTKG + jnp.log(total_BTKG)
+    peak_BTKG, total_BTKG = (jnp.transpose(each, (0, 3, 1, 2)) for each in (peak_BKGT, total_BKGT))
+    return Part(mixed_BTKGH, peak_BTKG, total_BTKG)
 
 
 def _pull(
@@ -54,12 +54,13 @@ def _pull(
     dy_BTKGH: jax.Array,
     product_dtype: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The cotangents of queries, keys and values, float32, from that of what `attend` gives (Dao et al., 2022).
+    """The cotangents of queries, keys and values, float32, from that of attention's result (Dao et al., 2022).
 
     The weights are computed again, and what would be sums over scores is at hand. A query that sees nothing has no part
     in it.
 
     Args:
+      log_z_BTKG: the log of each query's partition function.
       mean_BTKG: of the weights' cotangents, by the weights: the product of a query's result and its cotangent.
     """
     q_BTKGH = scaled(q_BTKGH)
@@ -78,14 +79,6 @@ def _pull(
 def scaled(q: jax.Array) -> jax.Array:
     """Queries times H ** -0.5, float32."""
     return q.astype(jnp.float32) * q.shape[-1] ** -0.5  # there are fewer queries than scores
-
-
-def softmax(scores: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weights along the last dimension, not normalised; the score whose weight is 1; and the weights' sums."""
-    scores = jnp.where(visible, scores, MASKED)
-    peak = jnp.max(scores, axis=-1)
-    weight = jnp.exp(scores - peak[..., None])
-    return weight, peak, jnp.sum(weight, axis=-1)
 
 
 class Keys(NamedTuple):
@@ -121,10 +114,12 @@ def self_attention(
     Returns:
       float32 [B, T, K, G, H].
     """
-    first, segments = keys.first_query, None
+    first, segments, length = keys.first_query, None, q_BTKGH.shape[1]
     if segment_BT is not None and keys.segment_BS is not None:
         segments = segment_BT, keys.segment_BS
-    form = _Form(window, chunk, product_dtype, q_BTKGH.shape[1], first if isinstance(first, int) else None)
+    by_blocks = platform() == "cpu" and not are_unrolled(length, chunk)
+    block = min(2 * chunk, KEYS_AT_ONCE) if by_blocks else keys.k_BSKH.shape[1]
+    form = _Form(window, chunk, block, product_dtype, length, first if isinstance(first, int) else None)
     places = _Places(jnp.asarray(first), jnp.asarray(keys.absent), segments)
     return _self_attention(form, q_BTKGH, keys.k_BSKH, keys.v_BSKH, places)
 
@@ -135,6 +130,8 @@ class _Form:
 
     window: int | None
     chunk: int
+    block: int
+    """Keys at a time."""
     product_dtype: str
     length: int
     """Of the queries."""
@@ -167,10 +164,19 @@ def _forward(
         # Results take the place of queries: an array of zeros for them, a compiler is free to make for all layers at
         # once.
         rows_BTKGH, log_z_BTKG = carry
-        seen_BTS = piece.visible(places, form.window)
-        operands = piece.queries(rows_BTKGH), piece.keys(k_BSKH), piece.keys(v_BSKH)
-        mixed_BTKGH, own_BTKG = attend(*operands, seen_BTS, form.product_dtype)
-        return piece.put(mixed_BTKGH, rows_BTKGH), piece.put(own_BTKG, log_z_BTKG)
+        own_q = piece.queries(rows_BTKGH)
+
+        def part(piece: _Piece) -> Part:
+            seen_BTS = piece.visible(places, form.window)
+            return attend(own_q, piece.keys(k_BSKH), piece.keys(v_BSKH), seen_BTS, form.product_dtype)
+
+        def more(block: _Piece, so_far: Part) -> Part:
+            return together(so_far, part(block))
+
+        whole = piece.num_keys <= form.block
+        found = part(piece) if whole else piece.by_blocks(places, form.block, more, nothing(own_q))
+        log_z = found.peak + jnp.log(found.total)
+        return piece.put(found.attention(), rows_BTKGH), piece.put(log_z, log_z_BTKG)
 
     rows_BTKGH = q_BTKGH.astype(jnp.float32)
     carry = rows_BTKGH, rows_BTKGH[..., 0]
@@ -187,11 +193,17 @@ def _backward(form: _Form, saved: tuple[_Inputs, jax.Array, jax.Array], dy_BTKGH
     def take(piece: _Piece, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # Queries are carried so that a chunk's scores wait for the chunk before it; cotangents become those of queries.
         q_BTKGH, rows_BTKGH, dk_BSKH, dv_BSKH = carry
-        seen_BTS = piece.visible(places, form.window)
         own_q, own_log_z, own_mean, own_dy = map(piece.queries, (q_BTKGH, log_z_BTKG, mean_BTKG, rows_BTKGH))
-        operands = own_q, piece.keys(k_BSKH), piece.keys(v_BSKH), seen_BTS
-        dq_BTKGH, *more = _pull(*operands, own_log_z, own_mean, own_dy, form.product_dtype)
-        sums = (piece.add(own, so_far) for own, so_far in zip(more, (dk_BSKH, dv_BSKH), strict=True))
+
+        def more(piece: _Piece, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            dq_BTKGH, dk_BSKH, dv_BSKH = so_far
+            operands = own_q, piece.keys(k_BSKH), piece.keys(v_BSKH), piece.visible(places, form.window)
+            own_dq, own_dk, own_dv = _pull(*operands, own_log_z, own_mean, own_dy, form.product_dtype)
+            return dq_BTKGH + own_dq, piece.add(own_dk, dk_BSKH), piece.add(own_dv, dv_BSKH)
+
+        begin: tuple[jax.Array, ...] = jnp.zeros_like(own_q, jnp.float32), dk_BSKH, dv_BSKH
+        whole = piece.num_keys <= form.block
+        dq_BTKGH, *sums = more(piece, begin) if whole else piece.by_blocks(places, form.block, more, begin)
         return q_BTKGH, piece.put(dq_BTKGH, rows_BTKGH), *sums
 
     zeros = (jnp.zeros_like(each, jnp.float32) for each in (k_BSKH, v_BSKH))
@@ -203,52 +215,7 @@ def _backward(form: _Form, saved: tuple[_Inputs, jax.Array, jax.Array], dy_BTKGH
 _self_attention.defvjp(_forward, _backward)
 
 
-class Run(NamedTuple):
-    """Chunks of queries one after another, which are of one size and given as many keys each."""
-
-    start: int
-    """The first query."""
-    chunks: int
-    queries: int
-    """Of a chunk."""
-    keys: int
-
-
-def plan(length: int, num_places: int, first_query: int | None, window: int | None, chunk: int) -> list[Run]:
-    """The runs of so many queries over so many places of keys; `first_query` as of Keys, None where only running tells.
-
-    A chunk is given as many keys as some chunk of its run may see. Few chunks are a run each; many are a loop of those
-    that are whole, and what is left. Without a window there are several loops, since each is as wide as its last chunk.
-    """
-    known = first_query is not None
-    unrolled = length <= chunk * MOST_UNROLLED
-    spans = SPANS if known and (window is None or window > length) else 1
-    span = chunk if unrolled else -(-length // (chunk * spans)) * chunk
-    runs = []
-    for start in range(0, length, span):
-        stop = min(start + span, length)
-        whole = stop - (stop - start) % chunk
-        for first, last, queries in ((start, whole, chunk), (whole, stop, stop - whole)):
-            if first < last:
-                places = num_places if first_query is None else first_query + last
-                keys = places if window is None else min(places, queries + window - 1)
-                runs.append(Run(first, (last - first) // queries, queries, keys))
-    return runs
-
-
 _Carry = TypeVar("_Carry")
-
-
-def over(runs: list[Run], step: Callable[[Run, jax.Array | int, _Carry], _Carry], carry: _Carry) -> _Carry:
-    """carry = step(run, first query, carry) for one chunk of queries after another."""
-    for run in runs:
-        if run.chunks > 1:
-            chunk = partial(lambda run, number, carry: step(run, run.start + number * run.queries, carry), run)
-            carry = jax.lax.fori_loop(0, run.chunks, chunk, carry)
-        else:
-            # Each after the one before: left free, a compiler holds the scores of all at once.
-            carry = step(run, run.start, jax.lax.optimization_barrier(carry))
-    return carry
 
 
 class _Piece(NamedTuple):
@@ -260,6 +227,8 @@ class _Piece(NamedTuple):
     """The first."""
     num_queries: int
     num_keys: int
+    counted: jax.Array | int = 0
+    """Keys before this place do not count."""
 
     def queries(self, x: jax.Array) -> jax.Array:
         """The chunk's part of an array [B, T, ...]."""
@@ -277,11 +246,23 @@ class _Piece(NamedTuple):
         """x [B, S, ...], with `own` added in the keys' place."""
         return jax.lax.dynamic_update_slice_in_dim(x, self.keys(x) + own, self.key, axis=1)
 
+    def by_blocks(self, places: _Places, block: int, step: Callable[[_Piece, _Carry], _Carry], carry: _Carry) -> _Carry:
+        """carry = step(piece, carry) for so many of the keys after another, as far as the chunk sees."""
+
+        def take(number: jax.Array, carry: _Carry) -> _Carry:
+            # The last block is as large as the others, and is not to count what was counted.
+            begin = self.key + number * block
+            key = jnp.minimum(begin, self.key + self.num_keys - block)
+            return step(self._replace(key=key, num_keys=block, counted=begin), carry)
+
+        seen = places.first_query + self.query + self.num_queries - self.key
+        return jax.lax.fori_loop(0, -(-jnp.clip(seen, 1, self.num_keys) // block), take, carry)
+
     def visible(self, places: _Places, window: int | None) -> jax.Array:
         """Which of the keys each of the queries sees, [B or 1, T, S]."""
         query_T = places.first_query + self.query + jnp.arange(self.num_queries)
         place_S = self.key + jnp.arange(self.num_keys)
-        position_S = jnp.where(place_S >= places.absent, place_S, -1)
+        position_S = jnp.where(place_S >= jnp.maximum(places.absent, self.counted), place_S, -1)
         if places.segments is None:
             return visible(query_T, position_S, window)[None]
         segment_BT, segment_BS = places.segments
@@ -300,4 +281,5 @@ def _over_pieces(
             key = jnp.clip(places.first_query + query + run.queries - run.keys, 0, num_places - run.keys)
         return take(_Piece(query, key, run.queries, run.keys), carry)
 
-    return over(plan(form.length, num_places, form.first_query, form.window, form.chunk), step, carry)
+    spans = SPANS if form.block == num_places else 1
+    return over(plan(form.length, num_places, form.first_query, form.window, form.chunk, spans), step, carry)

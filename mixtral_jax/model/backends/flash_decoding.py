@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from mixtral_jax.model.backends.cached import Seen
-from mixtral_jax.model.backends.chunked import MASKED
 from mixtral_jax.model.backends.quantized import Quantized
+from mixtral_jax.model.backends.softmax import MASKED
 
 HEAD_DIMS = (64, 128)
 _SLOTS = 64  # of a block

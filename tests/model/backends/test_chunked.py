@@ -1,6 +1,7 @@
 """Chunked attention against dense float64, at every edge of the window, of the chunks and of the segments."""
 
 import re
+from functools import partial
 
 import chex
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from oracles import attention as oracle
 
-from mixtral_jax.model.backends.chunked import Keys, attend, plan, self_attention
+from mixtral_jax.model.backends import chunked
+from mixtral_jax.model.backends.chunked import Keys, attend, self_attention
 from mixtral_jax.model.masks import visible
 
 HEADS = (2, 3, 8)  # K, G, H
@@ -51,23 +53,72 @@ def test_any_chunk(chunk):
     _check(2 * W, W, chunk)
 
 
-@pytest.mark.parametrize(
-    ("length", "window"), [*((37, window) for window in (1, W - 1, W, W + 1, 36, 37, 100, None)), (34, W), (34, None)]
-)
-def test_scanned_with_more_than_16_chunks_of_2(length, window):
+@pytest.fixture(params=["cpu", "gpu"])
+def looped(request, monkeypatch):
+    """The two forms of many chunks: over blocks of their keys, and over all that a span's widest sees."""
+    monkeypatch.setattr(chunked, "platform", lambda: request.param)
+    return request.param
+
+
+LONG = [*((37, window) for window in (1, W - 1, W, W + 1, 36, 37, 100, None)), (34, W), (34, None)]
+
+
+@pytest.mark.parametrize(("length", "window"), LONG)
+def test_looped_over_more_than_16_chunks_of_2(looped, length, window):
     _check(length, window, chunk=2)
 
 
-def test_long_sequences_are_scanned():
-    """The two tests above would show nothing if they took the same path."""
+@pytest.mark.parametrize(("window", "chunk"), [(3, 1), (W, 2), (None, 2)])
+def test_segments_of_a_long_row(looped, window, chunk):
+    segment_BT = np.array([[1] * 7 + [2] * 13 + [3] * 18, [4] * 30 + [0] * 8], np.int32)
+    _check(38, window, chunk, segment_BT)
 
-    def scans(length):
-        jaxpr = jax.make_jaxpr(lambda q, k, v: self_attention(q, Keys(k, v), None, W, 2, "float32"))(
-            *_inputs(length)[:3]
-        )
-        return str(jaxpr).count("scan[")
 
-    assert (scans(32), scans(33)) == (0, 1)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("window", [W, None])
+def test_queries_after_other_keys(looped, window, known):
+    """The last 34 of 40, told so when compiling or only when running; of the places before them two hold nothing."""
+    before, absent, length = 6, 2, 40
+    q, k, v, cotangent = _inputs(length)
+    queries = slice(before, None)
+
+    @jax.jit
+    def value_and_gradients(q, k, v, cotangent, first):
+        keys = partial(Keys, first_query=before if known else first, absent=absent)
+        y, vjp = jax.vjp(lambda q, k, v: self_attention(q, keys(k, v), None, window, 2, "float32"), q, k, v)
+        return y, *vjp(cotangent)
+
+    seen = oracle.mask(np.ones((len(q), length)), window)
+    seen[..., :absent] = False
+    seen[:, :before] = True  # of queries that there are not
+    cotangent = cotangent.at[:, :before].set(0)
+    expected = [oracle.attention(q, k, v, seen), *oracle.attention_gradients(q, k, v, seen, cotangent)]
+    found = value_and_gradients(q[:, queries], k, v, cotangent[:, queries], before)
+    for actual, exact in zip(found, [expected[0][:, queries], expected[1][:, queries], *expected[2:]], strict=True):
+        np.testing.assert_allclose(actual, exact, atol=5e-6)
+
+
+def test_a_query_that_sees_nothing_of_many_blocks(looped):
+    q, k, v, cotangent = _inputs(37)
+    y, vjp = jax.vjp(lambda q, k, v: self_attention(q, Keys(k, v, absent=9), None, None, 2, "float32"), q, k, v)
+    d_q, *others = vjp(cotangent)
+    chex.assert_tree_all_finite((y, d_q, others))
+    np.testing.assert_array_equal(d_q[:, :9], 0)
+    low, high = (extreme(v, axis=1)[:, None, :, None] for extreme in (np.min, np.max))
+    np.testing.assert_array_equal((low <= y[:, :9]) & (y[:, :9] <= high), True)  # some mean of values
+
+
+def test_long_sequences_are_looped_over(looped):
+    """The tests above would show nothing if they took the same path."""
+
+    def loops(length):
+        attention = partial(self_attention, window=None, chunk=2, product_dtype="float32", segment_BT=None)
+        jaxpr = str(jax.make_jaxpr(lambda q, k, v: attention(q, Keys(k, v)))(*_inputs(length)[:3]))
+        return jaxpr.count("scan["), jaxpr.count("while[")
+
+    # Of 33 queries 32 are in loops of known length; a chunk's blocks, and those of the query that is left, are not.
+    assert loops(32) == (0, 0)
+    assert loops(33) == {"cpu": (1, 2), "gpu": (3, 0)}[looped]
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -127,25 +178,15 @@ def test_chunks_are_taken_one_after_another():
     assert (len(re.findall(forward, jaxpr)), len(re.findall(backward, jaxpr))) == (4, 4)
 
 
-def test_runs_of_chunks_by_hand():
-    """Start, chunks, queries and keys of each."""
-    assert plan(5, 5, 0, None, 2) == [(0, 1, 2, 2), (2, 1, 2, 4), (4, 1, 1, 5)]
-    assert plan(5, 5, 0, 2, 2) == [(0, 1, 2, 2), (2, 1, 2, 3), (4, 1, 1, 2)]
-    assert plan(4, 9, 5, 3, 2) == [(0, 1, 2, 4), (2, 1, 2, 4)]  # after five keys
-    assert plan(4, 9, None, None, 2) == [(0, 1, 2, 9), (2, 1, 2, 9)]
-    assert plan(37, 37, 0, 6, 2) == [(0, 18, 2, 7), (36, 1, 1, 6)]
-    assert plan(37, 37, 0, None, 2) == [(0, 5, 2, 10), (10, 5, 2, 20), (20, 5, 2, 30), (30, 3, 2, 36), (36, 1, 1, 37)]
-
-
 @pytest.mark.parametrize(("window", "most"), [(1024, 0.1), (None, 0.25)])
 def test_memory_of_a_training_step_is_far_below_dense(window, most):
     """T x T scores in float32 are 268 MB here; a chunk has 128 of their 8192 rows."""
     length = 8192
 
     def dense(q, k, v):
-        return attend(q, k, v, visible(jnp.arange(length), jnp.arange(length), window)[None], "float32")[0]
+        return attend(q, k, v, visible(jnp.arange(length), jnp.arange(length), window)[None], "float32").attention()
 
-    def chunked(q, k, v):
+    def in_chunks(q, k, v):
         return self_attention(q, Keys(k, v), None, window, 128, "float32")
 
     def temporary_bytes(form):
@@ -153,7 +194,7 @@ def test_memory_of_a_training_step_is_far_below_dense(window, most):
         gradients = jax.jit(jax.grad(lambda *qkv: jnp.sum(form(*qkv) ** 2), (0, 1, 2)))
         return gradients.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(chunked) < most * temporary_bytes(dense)
+    assert temporary_bytes(in_chunks) < most * temporary_bytes(dense)
 
 
 class ShapeTest(chex.TestCase):
@@ -163,7 +204,7 @@ class ShapeTest(chex.TestCase):
         seen_BTS = jnp.ones((2, 8, 8), bool)
         outputs = [
             self.variant(lambda q, k, v: self_attention(q, Keys(k, v), None, W, 4, "bfloat16"))(q, k, v),
-            self.variant(lambda *inputs: attend(*inputs, "bfloat16")[0])(q, k, v, seen_BTS),
+            self.variant(lambda *inputs: attend(*inputs, "bfloat16").attention())(q, k, v, seen_BTS),
         ]
         chex.assert_shape(outputs, (2, 8, *HEADS))
         chex.assert_type(outputs, jnp.float32)
