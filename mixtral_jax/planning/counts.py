@@ -15,9 +15,9 @@ from mixtral_jax.planning.job import DTYPE_BYTES, AttentionKernel, Job
 from mixtral_jax.planning.memory import cache_bytes, decoding_weights, training_shards
 from mixtral_jax.train.losses import chunks_of
 
-# Bytes of memory traffic that a score of attention causes where XLA computes it: written and read in float32, and its
-# exponential in the product dtype. Backward, its cotangent too, and twice read in that dtype. Read off the passes in
-# `backends/chunked.py`.
+# Bytes of memory traffic that a score of attention causes where XLA computes it, but on a CPU, whose time is not
+# estimated: written and read in float32, and its exponential in the product dtype. Backward, its cotangent too, and
+# twice read in that dtype. Read off the passes in `backends/chunked.py`.
 SCORE_BYTES_FORWARD = 12
 SCORE_BYTES_BACKWARD = 26
 OPTIMIZER_PASSES = 7

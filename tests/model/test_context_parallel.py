@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from mixtral_jax.config import Execution
 from mixtral_jax.model import context_parallel
+from mixtral_jax.model.backends import chunked
 from mixtral_jax.model.context_parallel import attention, halo_pieces
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 from mixtral_jax.sharding.rules import TRAINING
@@ -18,6 +19,8 @@ from mixtral_jax.sharding.rules import TRAINING
 SHARDS, LENGTH = 8, 64
 OWN = LENGTH // SHARDS
 HEADS = (2, 2, 8)  # K, G, H
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+"""Of collectives."""
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +62,34 @@ def test_equals_one_device(mesh, window, packed):
         np.testing.assert_allclose(ours, plain, atol=2e-5)
 
 
+@pytest.mark.parametrize("window", [9, None])
+@pytest.mark.parametrize("sizes", [{"context": 4, "tensor": 2}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_shards_that_take_their_keys_by_blocks(monkeypatch, sizes, window):
+    """Each as many as it sees, so that nothing may be sent within that loop: some would wait for ever."""
+    monkeypatch.setattr(chunked, "KEYS_AT_ONCE", 4)
+    monkeypatch.setattr(chunked, "FEWEST_BLOCKS", 1)
+    inputs = _inputs(34 * sizes.get("context", 1), batch=sizes.get("fsdp", 1))
+    run = partial(_value_and_gradients, window, None, 2)
+    expected = jax.jit(run)(*inputs)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes))):
+        program = jax.jit(run).lower(*inputs).compile()
+        actual = program(*inputs)
+    for ours, plain in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, plain, atol=2e-5)
+    bodies = re.findall(r"body=%?([\w.-]+)", program.as_text())
+    assert bodies
+    for body in bodies:
+        text = re.search(rf"^%?{re.escape(body)} .*?^}}", program.as_text(), re.MULTILINE | re.DOTALL)[0]
+        assert not re.search(KINDS, text)
+
+
 def _collectives(mesh, window, length):
     """The kind, and elements, of each collective of forward and backward pass."""
     layout = NamedSharding(mesh, TRAINING.use(("batch", "length")))
     with jax.set_mesh(mesh):
         given = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout) for x in _inputs(length, batch=1))
         program = jax.jit(partial(_value_and_gradients, window, None, 16)).lower(*given).compile().as_text()
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    found = re.findall(rf"= \w+\[([\d,]+)\]\S* ({kinds})(?:-start)?\(", program)
+    found = re.findall(rf"= \w+\[([\d,]+)\]\S* ({KINDS})(?:-start)?\(", program)
     return [(kind, int(np.prod([int(size) for size in shape.split(",")]))) for shape, kind in found]
 
 

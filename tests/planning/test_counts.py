@@ -73,7 +73,7 @@ CASES = [
 
 @pytest.mark.parametrize(("model", "settings"), CASES)
 def test_operations_are_those_of_the_compiled_program(model, settings, monkeypatch):
-    monkeypatch.setattr(chunked, "platform", lambda: "tpu")  # whose form is counted, not this machine's
+    monkeypatch.setattr(chunked, "platform", lambda: "tpu")  # its form is what is counted: a CPU has no estimate
     job = _job(model, **settings)
     counted = sum(each.flops for each in counts.training_work(job)) - _update(job)
     assert counted == pytest.approx(_dots(_compile(job).as_text()), rel=0.015)

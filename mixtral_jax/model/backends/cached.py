@@ -92,7 +92,7 @@ def _attend(
     block: int,
     product_dtype: str,
 ) -> jax.Array:
-    """What `chunked.attend` is a part of, a block of slots after another."""
+    """Softmax attention, a block of slots after another."""
     q_BKGTH = jnp.transpose(scaled(q_BTKGH), (0, 2, 3, 1, 4))
     everything, slots = (k_BKSH, v_BKSH, seen.visible_BTS), seen.visible_BTS.shape[2]
 

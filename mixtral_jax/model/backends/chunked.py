@@ -1,10 +1,10 @@
 """Attention for XLA, a chunk of queries at a time, so that T x T scores never exist.
 
 A chunk of c queries needs c + W - 1 keys at most. Few chunks are unrolled, each with just the keys that it sees (for a
-causal mask without a window that saves half the work); many are looped over, in a few spans, each chunk of a span with
-as many keys as its widest needs (see `runs`). On a CPU their keys are looped over too, a block at a time as far as the
-chunk sees: the scores of a block stay in the processor's cache, those of many keys would go through memory. The
-backward pass keeps the result and a number for each query and head, and computes scores again.
+causal mask without a window that saves half the work). Many are looped over (see `runs`): in a few spans, each chunk of
+a span with as many keys as its widest needs; or on a CPU in one, the keys of each chunk a block at a time as far as it
+sees: a block's scores stay in a cache of the processor where rows and heads are not many, those of all keys would go
+through memory. The backward pass keeps the result and a number for each query and head, and computes scores again.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from mixtral_jax.model.masks import visible
 from mixtral_jax.sharding.mesh import platform
 
 KEYS_AT_ONCE = 256
-"""Of a block, at most, and twice as many as a chunk has queries."""
+"""Of a block, for chunks of half as many queries or more. A row of 4,096 tokens took a CPU longer with 128, 192, 231 or
+512, and with smaller chunks."""
+FEWEST_BLOCKS = 4
+"""Where a chunk has fewer, what the last is filled up with is too much."""
 
 
 def attend(
     q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array, product_dtype: str
 ) -> Part:
-    """Softmax attention of grouped queries over the keys that they see.
+    """Grouped queries' part of softmax attention over the keys that they see, float32 [B, T, K, G, H].
 
     Scores and softmax are float32, whatever the operands; scale H ** -0.5.
-
-    Returns:
-      float32 [B, T, K, G, H], not yet divided by the weights' sums, which are [B, T, K, G].
     """
     scores_BKGTS = einsum("BTKGH,BSKH->BKGTS", scaled(q_BTKGH), k_BSKH, dtype=product_dtype)
     weight_BKGTS, peak_BKGT, total_BKGT = softmax(scores_BKGTS, visible_BTS[:, None, None])
@@ -117,11 +117,17 @@ def self_attention(
     first, segments, length = keys.first_query, None, q_BTKGH.shape[1]
     if segment_BT is not None and keys.segment_BS is not None:
         segments = segment_BT, keys.segment_BS
-    by_blocks = platform() == "cpu" and not are_unrolled(length, chunk)
-    block = min(2 * chunk, KEYS_AT_ONCE) if by_blocks else keys.k_BSKH.shape[1]
-    form = _Form(window, chunk, block, product_dtype, length, first if isinstance(first, int) else None)
+    by_blocks = goes_by_blocks(length, keys.k_BSKH.shape[1], window, chunk, platform())
+    form = _Form(window, chunk, by_blocks, product_dtype, length, first if isinstance(first, int) else None)
     places = _Places(jnp.asarray(first), jnp.asarray(keys.absent), segments)
     return _self_attention(form, q_BTKGH, keys.k_BSKH, keys.v_BSKH, places)
+
+
+def goes_by_blocks(length: int, num_places: int, window: int | None, chunk: int, name: str) -> bool:
+    """Whether a chunk of queries takes its keys, of so many places, a block at a time, on a platform of this name."""
+    keys = num_places if window is None else min(num_places, chunk + window - 1)
+    are_many = not are_unrolled(length, chunk) and keys >= FEWEST_BLOCKS * KEYS_AT_ONCE
+    return name == "cpu" and are_many and 2 * chunk >= KEYS_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,7 @@ class _Form:
 
     window: int | None
     chunk: int
-    block: int
-    """Keys at a time."""
+    by_blocks: bool
     product_dtype: str
     length: int
     """Of the queries."""
@@ -166,15 +171,12 @@ def _forward(
         rows_BTKGH, log_z_BTKG = carry
         own_q = piece.queries(rows_BTKGH)
 
-        def part(piece: _Piece) -> Part:
-            seen_BTS = piece.visible(places, form.window)
-            return attend(own_q, piece.keys(k_BSKH), piece.keys(v_BSKH), seen_BTS, form.product_dtype)
+        def more(some: _Piece, so_far: Part | None) -> Part:
+            seen_BTS = some.visible(places, form.window)
+            own = attend(own_q, some.keys(k_BSKH), some.keys(v_BSKH), seen_BTS, form.product_dtype)
+            return own if so_far is None else together(so_far, own)
 
-        def more(block: _Piece, so_far: Part) -> Part:
-            return together(so_far, part(block))
-
-        whole = piece.num_keys <= form.block
-        found = part(piece) if whole else piece.by_blocks(places, form.block, more, nothing(own_q))
+        found = piece.over_keys(form.by_blocks, places, more, nothing(own_q))
         log_z = found.peak + jnp.log(found.total)
         return piece.put(found.attention(), rows_BTKGH), piece.put(log_z, log_z_BTKG)
 
@@ -195,15 +197,16 @@ def _backward(form: _Form, saved: tuple[_Inputs, jax.Array, jax.Array], dy_BTKGH
         q_BTKGH, rows_BTKGH, dk_BSKH, dv_BSKH = carry
         own_q, own_log_z, own_mean, own_dy = map(piece.queries, (q_BTKGH, log_z_BTKG, mean_BTKG, rows_BTKGH))
 
-        def more(piece: _Piece, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            dq_BTKGH, dk_BSKH, dv_BSKH = so_far
-            operands = own_q, piece.keys(k_BSKH), piece.keys(v_BSKH), piece.visible(places, form.window)
+        def more(some: _Piece, so_far: tuple[jax.Array, ...] | None) -> tuple[jax.Array, ...]:
+            operands = own_q, some.keys(k_BSKH), some.keys(v_BSKH), some.visible(places, form.window)
             own_dq, own_dk, own_dv = _pull(*operands, own_log_z, own_mean, own_dy, form.product_dtype)
-            return dq_BTKGH + own_dq, piece.add(own_dk, dk_BSKH), piece.add(own_dv, dv_BSKH)
+            if so_far is None:
+                return own_dq, some.add(own_dk, dk_BSKH), some.add(own_dv, dv_BSKH)
+            dq_so_far, dk_so_far, dv_so_far = so_far
+            return dq_so_far + own_dq, some.add(own_dk, dk_so_far), some.add(own_dv, dv_so_far)
 
         begin: tuple[jax.Array, ...] = jnp.zeros_like(own_q, jnp.float32), dk_BSKH, dv_BSKH
-        whole = piece.num_keys <= form.block
-        dq_BTKGH, *sums = more(piece, begin) if whole else piece.by_blocks(places, form.block, more, begin)
+        dq_BTKGH, *sums = piece.over_keys(form.by_blocks, places, more, begin)
         return q_BTKGH, piece.put(dq_BTKGH, rows_BTKGH), *sums
 
     zeros = (jnp.zeros_like(each, jnp.float32) for each in (k_BSKH, v_BSKH))
@@ -227,7 +230,7 @@ class _Piece(NamedTuple):
     """The first."""
     num_queries: int
     num_keys: int
-    counted: jax.Array | int = 0
+    counted: jax.Array | None = None
     """Keys before this place do not count."""
 
     def queries(self, x: jax.Array) -> jax.Array:
@@ -246,23 +249,33 @@ class _Piece(NamedTuple):
         """x [B, S, ...], with `own` added in the keys' place."""
         return jax.lax.dynamic_update_slice_in_dim(x, self.keys(x) + own, self.key, axis=1)
 
-    def by_blocks(self, places: _Places, block: int, step: Callable[[_Piece, _Carry], _Carry], carry: _Carry) -> _Carry:
-        """carry = step(piece, carry) for so many of the keys after another, as far as the chunk sees."""
+    def over_keys(
+        self,
+        by_blocks: bool,
+        places: _Places,
+        step: Callable[[_Piece, _Carry | None], _Carry],
+        begin: _Carry,
+    ) -> _Carry:
+        """step(piece, so far) of one block of the keys after another, as far as the chunk sees, or of all from None."""
+        block = KEYS_AT_ONCE
+        if not by_blocks or self.num_keys <= block:
+            return step(self, None)
 
-        def take(number: jax.Array, carry: _Carry) -> _Carry:
+        def take(number: jax.Array, so_far: _Carry) -> _Carry:
             # The last block is as large as the others, and is not to count what was counted.
-            begin = self.key + number * block
-            key = jnp.minimum(begin, self.key + self.num_keys - block)
-            return step(self._replace(key=key, num_keys=block, counted=begin), carry)
+            first = self.key + number * block
+            key = jnp.minimum(first, self.key + self.num_keys - block)
+            return step(self._replace(key=key, num_keys=block, counted=first), so_far)
 
         seen = places.first_query + self.query + self.num_queries - self.key
-        return jax.lax.fori_loop(0, -(-jnp.clip(seen, 1, self.num_keys) // block), take, carry)
+        return jax.lax.fori_loop(0, -(-jnp.clip(seen, 1, self.num_keys) // block), take, begin)
 
     def visible(self, places: _Places, window: int | None) -> jax.Array:
         """Which of the keys each of the queries sees, [B or 1, T, S]."""
         query_T = places.first_query + self.query + jnp.arange(self.num_queries)
         place_S = self.key + jnp.arange(self.num_keys)
-        position_S = jnp.where(place_S >= jnp.maximum(places.absent, self.counted), place_S, -1)
+        first = places.absent if self.counted is None else jnp.maximum(places.absent, self.counted)
+        position_S = jnp.where(place_S >= first, place_S, -1)
         if places.segments is None:
             return visible(query_T, position_S, window)[None]
         segment_BT, segment_BS = places.segments
@@ -281,5 +294,5 @@ def _over_pieces(
             key = jnp.clip(places.first_query + query + run.queries - run.keys, 0, num_places - run.keys)
         return take(_Piece(query, key, run.queries, run.keys), carry)
 
-    spans = SPANS if form.block == num_places else 1
+    spans = 1 if form.by_blocks else SPANS
     return over(plan(form.length, num_places, form.first_query, form.window, form.chunk, spans), step, carry)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -1e30
-"""A score that is not to count. Finite: a row that sees nothing yields the mean of the values, not NaN."""
+"""A score that is not to count. Finite: a row that sees nothing yields some mean of the values, not NaN."""
 
 
 class Part(NamedTuple):

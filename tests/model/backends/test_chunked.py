@@ -11,7 +11,7 @@ import pytest
 from oracles import attention as oracle
 
 from mixtral_jax.model.backends import chunked
-from mixtral_jax.model.backends.chunked import Keys, attend, self_attention
+from mixtral_jax.model.backends.chunked import Keys, attend, goes_by_blocks, self_attention
 from mixtral_jax.model.masks import visible
 
 HEADS = (2, 3, 8)  # K, G, H
@@ -53,11 +53,13 @@ def test_any_chunk(chunk):
     _check(2 * W, W, chunk)
 
 
-@pytest.fixture(params=["cpu", "gpu"])
+@pytest.fixture(params=[1, 3, 4, None], ids=lambda keys: f"{keys} keys at once" if keys else "all keys")
 def looped(request, monkeypatch):
-    """The two forms of many chunks: over blocks of their keys, and over all that a span's widest sees."""
-    monkeypatch.setattr(chunked, "platform", lambda: request.param)
-    return request.param
+    """The forms of many chunks: over blocks of their keys, and over all that a span's widest sees."""
+    monkeypatch.setattr(chunked, "platform", lambda: "cpu" if request.param else "gpu")
+    monkeypatch.setattr(chunked, "KEYS_AT_ONCE", request.param or 3)
+    monkeypatch.setattr(chunked, "FEWEST_BLOCKS", 1)
+    return request.param is not None
 
 
 LONG = [*((37, window) for window in (1, W - 1, W, W + 1, 36, 37, 100, None)), (34, W), (34, None)]
@@ -98,27 +100,42 @@ def test_queries_after_other_keys(looped, window, known):
         np.testing.assert_allclose(actual, exact, atol=5e-6)
 
 
-def test_a_query_that_sees_nothing_of_many_blocks(looped):
-    q, k, v, cotangent = _inputs(37)
-    y, vjp = jax.vjp(lambda q, k, v: self_attention(q, Keys(k, v, absent=9), None, None, 2, "float32"), q, k, v)
-    d_q, *others = vjp(cotangent)
-    chex.assert_tree_all_finite((y, d_q, others))
-    np.testing.assert_array_equal(d_q[:, :9], 0)
+def test_queries_that_see_nothing_beside_many_that_do(looped):
+    """The first nine, of 37."""
+    absent, length = 9, 37
+    q, k, v, cotangent = _inputs(length)
+    v += 10  # so that nothing at all is no mean
+    y, vjp = jax.vjp(lambda q, k, v: self_attention(q, Keys(k, v, absent=absent), None, None, 2, "float32"), q, k, v)
+    gradients = vjp(cotangent)
     low, high = (extreme(v, axis=1)[:, None, :, None] for extreme in (np.min, np.max))
-    np.testing.assert_array_equal((low <= y[:, :9]) & (y[:, :9] <= high), True)  # some mean of values
+    np.testing.assert_array_equal((low <= y[:, :absent]) & (y[:, :absent] <= high), True)
+    seen = oracle.mask(np.ones((2, length)), None)
+    seen[..., :absent] = False
+    seen[:, :absent] = True  # whose cotangent is none
+    cotangent = cotangent.at[:, :absent].set(0)
+    np.testing.assert_allclose(y[:, absent:], oracle.attention(q, k, v, seen)[:, absent:], atol=2e-5)
+    for actual, exact in zip(gradients, oracle.attention_gradients(q, k, v, seen, cotangent), strict=True):
+        np.testing.assert_allclose(actual, exact, atol=5e-5)
 
 
 def test_long_sequences_are_looped_over(looped):
     """The tests above would show nothing if they took the same path."""
 
     def loops(length):
-        attention = partial(self_attention, window=None, chunk=2, product_dtype="float32", segment_BT=None)
-        jaxpr = str(jax.make_jaxpr(lambda q, k, v: attention(q, Keys(k, v)))(*_inputs(length)[:3]))
+        q, k, v, cotangent = _inputs(length)
+
+        def pull(q, k, v, cotangent):
+            return jax.vjp(lambda q, k, v: self_attention(q, Keys(k, v), None, None, 2, "float32"), q, k, v)[1](
+                cotangent
+            )
+
+        jaxpr = str(jax.make_jaxpr(pull)(q, k, v, cotangent))
         return jaxpr.count("scan["), jaxpr.count("while[")
 
     # Of 33 queries 32 are in loops of known length; a chunk's blocks, and those of the query that is left, are not.
+    # Backward as many as forward.
     assert loops(32) == (0, 0)
-    assert loops(33) == {"cpu": (1, 2), "gpu": (3, 0)}[looped]
+    assert loops(33) == ((2, 4) if looped else (6, 0))
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -146,17 +163,19 @@ def test_a_query_that_sees_nothing_is_finite_and_has_no_gradient():
     np.testing.assert_allclose(y[0, 0], jnp.broadcast_to(jnp.mean(v[0, :3], 0)[:, None], y[0, 0].shape), atol=1e-6)
 
 
-def test_large_scores_do_not_overflow():
-    q, k, v, _ = _inputs(8)
-    seen = oracle.mask(np.ones((2, 8)), None)
-    y = self_attention(1000 * q, Keys(k, v), None, None, 4, "float32")
+@pytest.mark.parametrize("length", [8, 37])
+def test_large_scores_do_not_overflow(looped, length):
+    q, k, v, _ = _inputs(length)
+    seen = oracle.mask(np.ones((2, length)), None)
+    y = self_attention(1000 * q, Keys(k, v), None, None, 2, "float32")
     np.testing.assert_allclose(y, oracle.attention(1000 * q, k, v, seen), atol=1e-3)
 
 
-def test_bfloat16_products_are_close():
-    q, k, v, _ = _inputs(12)
-    exact = oracle.attention(q, k, v, oracle.mask(np.ones((2, 12)), W))
-    y = self_attention(q, Keys(k, v), None, W, 4, "bfloat16")
+@pytest.mark.parametrize("length", [12, 37])
+def test_bfloat16_products_are_close(looped, length):
+    q, k, v, _ = _inputs(length)
+    exact = oracle.attention(q, k, v, oracle.mask(np.ones((2, length)), W))
+    y = self_attention(q, Keys(k, v), None, W, 2, "bfloat16")
     assert y.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 1e-2
 
@@ -178,9 +197,12 @@ def test_chunks_are_taken_one_after_another():
     assert (len(re.findall(forward, jaxpr)), len(re.findall(backward, jaxpr))) == (4, 4)
 
 
-@pytest.mark.parametrize(("window", "most"), [(1024, 0.1), (None, 0.25)])
-def test_memory_of_a_training_step_is_far_below_dense(window, most):
-    """T x T scores in float32 are 268 MB here; a chunk has 128 of their 8192 rows."""
+@pytest.mark.parametrize(
+    ("name", "window", "most"), [("cpu", 1024, 0.02), ("cpu", None, 0.02), ("gpu", 1024, 0.1), ("gpu", None, 0.25)]
+)
+def test_memory_of_a_training_step_is_far_below_dense(monkeypatch, name, window, most):
+    """T x T scores in float32 are 268 MB here; a chunk has 128 of their 8192 rows, and a block 256 of their columns."""
+    monkeypatch.setattr(chunked, "platform", lambda: name)
     length = 8192
 
     def dense(q, k, v):
@@ -195,6 +217,22 @@ def test_memory_of_a_training_step_is_far_below_dense(window, most):
         return gradients.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(in_chunks) < most * temporary_bytes(dense)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "chunk", "name", "expected"),
+    [
+        (4096, None, 128, "cpu", True),
+        (4096, 897, 128, "cpu", True),
+        (4096, 896, 128, "cpu", False),  # less than four blocks of keys
+        (2048, None, 128, "cpu", False),  # sixteen chunks
+        (4096, None, 127, "cpu", False),
+        (4096, None, 128, "cuda", False),
+        (4096, None, 128, "tpu", False),
+    ],
+)
+def test_where_keys_are_taken_by_blocks(length, window, chunk, name, expected):
+    assert goes_by_blocks(length, length, window, chunk, name) is expected
 
 
 class ShapeTest(chex.TestCase):
