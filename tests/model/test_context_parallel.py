@@ -71,16 +71,21 @@ def test_shards_that_take_their_keys_by_blocks(monkeypatch, sizes, window):
     inputs = _inputs(34 * sizes.get("context", 1), batch=sizes.get("fsdp", 1))
     run = partial(_value_and_gradients, window, None, 2)
     expected = jax.jit(run)(*inputs)
-    with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes))):
+    mesh = make_mesh(MeshConfig(data=1, **sizes))
+    layout = NamedSharding(mesh, TRAINING.use(("batch", "length", "kv_heads")))
+    with jax.set_mesh(mesh):
+        inputs = jax.device_put(inputs, layout)
         program = jax.jit(run).lower(*inputs).compile()
         actual = program(*inputs)
     for ours, plain in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, plain, atol=2e-5)
-    bodies = re.findall(r"body=%?([\w.-]+)", program.as_text())
-    assert bodies
-    for body in bodies:
-        text = re.search(rf"^%?{re.escape(body)} .*?^}}", program.as_text(), re.MULTILINE | re.DOTALL)[0]
-        assert not re.search(KINDS, text)
+    text = program.as_text()
+    bodies = [
+        re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.MULTILINE | re.DOTALL)[0]
+        for name in re.findall(r"body=%?([\w.-]+)", text)
+    ]
+    assert any(" while(" in body for body in bodies)  # of chunks, and in it of blocks
+    assert not any(re.search(KINDS, body) for body in bodies)
 
 
 def _collectives(mesh, window, length):

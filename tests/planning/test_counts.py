@@ -95,6 +95,14 @@ def test_operations_are_those_that_the_compiler_counts(model, layers):
     assert counted == pytest.approx(compiled.cost_analysis()["flops"], rel=0.02)
 
 
+def test_a_cpu_holds_the_scores_of_a_block_of_keys():
+    """Of 4,096 tokens 256 at a time, where another platform holds all of a chunk's, three times."""
+    job = _job(MISTRAL, rows=2, length=4096)
+    job = replace(job, execution=replace(job.execution, attention_chunk=128))
+    elsewhere, here = (memory(replace(job, platform=name)).buffers for name in ("tpu", "cpu"))
+    assert elsewhere - here == 3 * 4 * job.rows * MISTRAL.num_heads * 128 * (4096 - 256)
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     ("model", "remat"), [(MISTRAL, "none"), (MISTRAL, "products"), (MIXTRAL, "none"), (MIXTRAL, "full")]

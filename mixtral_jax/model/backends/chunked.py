@@ -24,8 +24,7 @@ from mixtral_jax.model.masks import visible
 from mixtral_jax.sharding.mesh import platform
 
 KEYS_AT_ONCE = 256
-"""Of a block, for chunks of half as many queries or more. A row of 4,096 tokens took a CPU longer with 128, 192, 231 or
-512, and with smaller chunks."""
+"""Of a block, for chunks of half as many queries or more: the fastest of those in docs/other-cpus.md."""
 FEWEST_BLOCKS = 4
 """Where a chunk has fewer, what the last is filled up with is too much."""
 

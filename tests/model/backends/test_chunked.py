@@ -56,10 +56,12 @@ def test_any_chunk(chunk):
 @pytest.fixture(params=[1, 3, 4, None], ids=lambda keys: f"{keys} keys at once" if keys else "all keys")
 def looped(request, monkeypatch):
     """The forms of many chunks: over blocks of their keys, and over all that a span's widest sees."""
-    monkeypatch.setattr(chunked, "platform", lambda: "cpu" if request.param else "gpu")
-    monkeypatch.setattr(chunked, "KEYS_AT_ONCE", request.param or 3)
-    monkeypatch.setattr(chunked, "FEWEST_BLOCKS", 1)
-    return request.param is not None
+    by_blocks = request.param is not None
+    monkeypatch.setattr(chunked, "KEYS_AT_ONCE", request.param)
+    monkeypatch.setattr(
+        chunked, "goes_by_blocks", lambda length, num_places, window, chunk, name: by_blocks and length > 16 * chunk
+    )
+    return by_blocks
 
 
 LONG = [*((37, window) for window in (1, W - 1, W, W + 1, 36, 37, 100, None)), (34, W), (34, None)]
@@ -132,8 +134,8 @@ def test_long_sequences_are_looped_over(looped):
         jaxpr = str(jax.make_jaxpr(pull)(q, k, v, cotangent))
         return jaxpr.count("scan["), jaxpr.count("while[")
 
-    # Of 33 queries 32 are in loops of known length; a chunk's blocks, and those of the query that is left, are not.
-    # Backward as many as forward.
+    # By blocks 32 queries are in a loop of known length, whose chunks' blocks, and those of the query that is left, are
+    # not; else 30 are in three, and one chunk is alone. Backward as many as forward.
     assert loops(32) == (0, 0)
     assert loops(33) == ((2, 4) if looped else (6, 0))
 
@@ -163,21 +165,35 @@ def test_a_query_that_sees_nothing_is_finite_and_has_no_gradient():
     np.testing.assert_allclose(y[0, 0], jnp.broadcast_to(jnp.mean(v[0, :3], 0)[:, None], y[0, 0].shape), atol=1e-6)
 
 
-@pytest.mark.parametrize("length", [8, 37])
-def test_large_scores_do_not_overflow(looped, length):
+def _check_large_scores(length):
     q, k, v, _ = _inputs(length)
     seen = oracle.mask(np.ones((2, length)), None)
     y = self_attention(1000 * q, Keys(k, v), None, None, 2, "float32")
     np.testing.assert_allclose(y, oracle.attention(1000 * q, k, v, seen), atol=1e-3)
 
 
-@pytest.mark.parametrize("length", [12, 37])
-def test_bfloat16_products_are_close(looped, length):
+def test_large_scores_do_not_overflow():
+    _check_large_scores(8)
+
+
+def test_large_scores_of_a_long_row_do_not_overflow(looped):
+    _check_large_scores(37)
+
+
+def _check_bfloat16_products(length):
     q, k, v, _ = _inputs(length)
     exact = oracle.attention(q, k, v, oracle.mask(np.ones((2, length)), W))
     y = self_attention(q, Keys(k, v), None, W, 2, "bfloat16")
     assert y.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 1e-2
+
+
+def test_bfloat16_products_are_close():
+    _check_bfloat16_products(12)
+
+
+def test_bfloat16_products_of_a_long_row_are_close(looped):
+    _check_bfloat16_products(37)
 
 
 def test_chunks_are_taken_one_after_another():
@@ -220,19 +236,22 @@ def test_memory_of_a_training_step_is_far_below_dense(monkeypatch, name, window,
 
 
 @pytest.mark.parametrize(
-    ("length", "window", "chunk", "name", "expected"),
+    ("length", "num_places", "window", "chunk", "name", "expected"),
     [
-        (4096, None, 128, "cpu", True),
-        (4096, 897, 128, "cpu", True),
-        (4096, 896, 128, "cpu", False),  # less than four blocks of keys
-        (2048, None, 128, "cpu", False),  # sixteen chunks
-        (4096, None, 127, "cpu", False),
-        (4096, None, 128, "cuda", False),
-        (4096, None, 128, "tpu", False),
+        (4096, 4096, None, 128, "cpu", True),
+        (4096, 4096, 897, 128, "cpu", True),
+        (4096, 4096, 896, 128, "cpu", False),  # less than four blocks of keys
+        (2048, 2048, None, 128, "cpu", False),  # sixteen chunks
+        (2048, 8192, None, 128, "cpu", False),
+        (2176, 8704, None, 128, "cpu", True),
+        (2176, 1000, None, 128, "cpu", False),
+        (4096, 4096, None, 127, "cpu", False),
+        (4096, 4096, None, 128, "cuda", False),
+        (4096, 4096, None, 128, "tpu", False),
     ],
 )
-def test_where_keys_are_taken_by_blocks(length, window, chunk, name, expected):
-    assert goes_by_blocks(length, length, window, chunk, name) is expected
+def test_where_keys_are_taken_by_blocks(length, num_places, window, chunk, name, expected):
+    assert goes_by_blocks(length, num_places, window, chunk, name) is expected
 
 
 class ShapeTest(chex.TestCase):
