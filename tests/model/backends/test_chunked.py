@@ -214,7 +214,7 @@ def test_chunks_are_taken_one_after_another():
 
 
 @pytest.mark.parametrize(
-    ("name", "window", "most"), [("cpu", 1024, 0.02), ("cpu", None, 0.02), ("gpu", 1024, 0.1), ("gpu", None, 0.25)]
+    ("name", "window", "most"), [("cpu", 1024, 0.02), ("cpu", None, 0.02), ("cuda", 1024, 0.1), ("cuda", None, 0.25)]
 )
 def test_memory_of_a_training_step_is_far_below_dense(monkeypatch, name, window, most):
     """T x T scores in float32 are 268 MB here; a chunk has 128 of their 8192 rows, and a block 256 of their columns."""
