@@ -17,6 +17,7 @@ from flax import linen as nn
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.backends.cached import queries_at_once, slots_at_once
 from mixtral_jax.model.backends.chunked import KEYS_AT_ONCE, goes_by_blocks
+from mixtral_jax.model.backends.runs import keys_of
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.model.context_parallel import has_kernel_for_cache
 from mixtral_jax.model.tensors import Tensor
@@ -204,12 +205,11 @@ def _attention(job: Job) -> float:
     model, chunk = job.model, min(job.execution.attention_chunk, job.local_length)
     stream = DTYPE_BYTES[job.execution.activation_dtype]
     heads = model.num_heads // job.mesh.tensor
-    keys = job.length if model.sliding_window is None else min(job.length, model.sliding_window + chunk - 1)
     of_keys = model.num_kv_heads // job.mesh.tensor * model.head_dim * job.local_rows * 4 * stream
     shared_keys = of_keys * (job.length if model.sliding_window is None else job.local_length)
     of_tokens = job.local_tokens * heads * model.head_dim * (4 * stream + _FLOAT)
-    if goes_by_blocks(job.local_length, job.length, model.sliding_window, chunk, job.platform):
-        keys = KEYS_AT_ONCE
+    by_blocks = goes_by_blocks(job.local_length, job.length, model.sliding_window, chunk, job.platform)
+    keys = KEYS_AT_ONCE if by_blocks else keys_of(chunk, model.sliding_window, job.length)
     scores = job.local_rows * heads * chunk * keys if job.kernel == "xla" else 0
     return of_tokens + shared_keys + 3 * _FLOAT * scores
 

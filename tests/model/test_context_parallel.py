@@ -68,6 +68,7 @@ def test_shards_that_take_their_keys_by_blocks(monkeypatch, sizes, window):
     """Each as many as it sees, so that nothing may be sent within that loop: some would wait for ever."""
     monkeypatch.setattr(chunked, "KEYS_AT_ONCE", 4)
     monkeypatch.setattr(chunked, "FEWEST_BLOCKS", 1)
+    monkeypatch.setattr(chunked, "FEWEST_QUERIES", 2)
     inputs = _inputs(34 * sizes.get("context", 1), batch=sizes.get("fsdp", 1))
     run = partial(_value_and_gradients, window, None, 2)
     expected = jax.jit(run)(*inputs)

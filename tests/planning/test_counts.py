@@ -96,11 +96,11 @@ def test_operations_are_those_that_the_compiler_counts(model, layers):
 
 
 def test_a_cpu_holds_the_scores_of_a_block_of_keys():
-    """Of 4,096 tokens 256 at a time, where another platform holds all of a chunk's, three times."""
+    """Of 4,096 tokens 384 at a time, where another platform holds all of a chunk's, three times."""
     job = _job(MISTRAL, rows=2, length=4096)
     job = replace(job, execution=replace(job.execution, attention_chunk=128))
     elsewhere, here = (memory(replace(job, platform=name)).buffers for name in ("tpu", "cpu"))
-    assert elsewhere - here == 3 * 4 * job.rows * MISTRAL.num_heads * 128 * (4096 - 256)
+    assert elsewhere - here == 3 * 4 * job.rows * MISTRAL.num_heads * 128 * (4096 - 384)
 
 
 @needs_compiler
@@ -119,10 +119,10 @@ def test_operations_on_a_tpu(model, remat):
 
 
 def test_scores_by_hand():
-    """Chunks of 2 of 4 queries see 2 and 4 keys; with W = 2, 2 and 3."""
+    """Chunks of 2 of 4 queries see 2 and 4 keys; with W = 2, 2 and 3, and are given 2 and 4."""
     assert counts.attended_keys(4, 0, 4, None, 2) == 2 * 2 + 2 * 4
-    assert counts.attended_keys(4, 0, 4, 2, 2) == 2 * 2 + 2 * 3
-    assert counts.attended_keys(4, 1, 5, 2, 2) == 2 * 3 + 2 * 3
+    assert counts.attended_keys(4, 0, 4, 2, 2) == 2 * 2 + 2 * 4
+    assert counts.attended_keys(4, 1, 5, 2, 2) == 2 * 3 + 2 * 4
     assert counts.attended_keys(4, None, 8, None, 2) == 4 * 8
 
 

@@ -1,6 +1,6 @@
 """Attention for XLA, a chunk of queries at a time, so that T x T scores never exist.
 
-A chunk of c queries needs c + W - 1 keys at most. Few chunks are unrolled, each with just the keys that it sees (for a
+A chunk of c queries sees c + W - 1 keys at most. Few chunks are unrolled, each with just the keys that it sees (for a
 causal mask without a window that saves half the work). Many are looped over (see `runs`): in a few spans, each chunk of
 a span with as many keys as its widest needs; or on a CPU in one, the keys of each chunk a block at a time as far as it
 sees: a block's scores stay in a cache of the processor where rows and heads are not many, those of all keys would go
@@ -18,15 +18,17 @@ import jax
 import jax.numpy as jnp
 
 from mixtral_jax.model.backends.products import einsum, weight_gradient
-from mixtral_jax.model.backends.runs import SPANS, Run, are_unrolled, over, plan
+from mixtral_jax.model.backends.runs import SPANS, Run, are_unrolled, keys_of, over, plan
 from mixtral_jax.model.backends.softmax import Part, nothing, softmax, together
 from mixtral_jax.model.masks import visible
 from mixtral_jax.sharding.mesh import platform
 
-KEYS_AT_ONCE = 256
-"""Of a block, for chunks of half as many queries or more: the fastest of those in docs/other-cpus.md."""
-FEWEST_BLOCKS = 4
+KEYS_AT_ONCE = 384
+"""Of a block: of those in docs/other-cpus.md the fastest more often than not. A window of 1,024 is three."""
+FEWEST_BLOCKS = 3
 """Where a chunk has fewer, what the last is filled up with is too much."""
+FEWEST_QUERIES = 128
+"""Of a chunk: fewer do little with a block."""
 
 
 def attend(
@@ -124,9 +126,8 @@ def self_attention(
 
 def goes_by_blocks(length: int, num_places: int, window: int | None, chunk: int, name: str) -> bool:
     """Whether a chunk of queries takes its keys, of so many places, a block at a time, on a platform of this name."""
-    keys = num_places if window is None else min(num_places, chunk + window - 1)
-    are_many = not are_unrolled(length, chunk) and keys >= FEWEST_BLOCKS * KEYS_AT_ONCE
-    return name == "cpu" and are_many and 2 * chunk >= KEYS_AT_ONCE
+    are_many = keys_of(chunk, window, num_places) >= FEWEST_BLOCKS * KEYS_AT_ONCE and not are_unrolled(length, chunk)
+    return name == "cpu" and are_many and chunk >= FEWEST_QUERIES
 
 
 @dataclass(frozen=True)

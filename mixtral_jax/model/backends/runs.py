@@ -30,13 +30,22 @@ def are_unrolled(length: int, chunk: int) -> bool:
     return length <= chunk * MOST_UNROLLED
 
 
+def keys_of(queries: int, window: int | None, places: int) -> int:
+    """How many keys so many queries in a row are given, of so many places.
+
+    With a window they see one less: with that one a row of scores is whole vectors, where queries and W are.
+    """
+    return places if window is None else min(places, queries + window)
+
+
 def plan(
     length: int, num_places: int, first_query: int | None, window: int | None, chunk: int, spans: int = SPANS
 ) -> list[Run]:
     """The runs of so many queries over so many places of keys; `first_query` as of Keys, None where only running tells.
 
-    A chunk is given as many keys as some chunk of its run may see. Few chunks are a run each; many are a loop of those
-    that are whole, and what is left. Without a window there are several loops, since each is as wide as its last chunk.
+    A chunk is given as many keys as some chunk of its run may see, or one more. Few chunks are a run each; many are a
+    loop of those that are whole, and what is left. Without a window there are several loops, since each is as wide as
+    its last chunk.
 
     Args:
       spans: of those loops, so many at most.
@@ -51,8 +60,7 @@ def plan(
         for first, last, queries in ((start, whole, chunk), (whole, stop, stop - whole)):
             if first < last:
                 places = num_places if first_query is None else first_query + last
-                keys = places if window is None else min(places, queries + window - 1)
-                runs.append(Run(first, (last - first) // queries, queries, keys))
+                runs.append(Run(first, (last - first) // queries, queries, keys_of(queries, window, places)))
     return runs
 
 

@@ -239,8 +239,8 @@ def test_memory_of_a_training_step_is_far_below_dense(monkeypatch, name, window,
     ("length", "num_places", "window", "chunk", "name", "expected"),
     [
         (4096, 4096, None, 128, "cpu", True),
-        (4096, 4096, 897, 128, "cpu", True),
-        (4096, 4096, 896, 128, "cpu", False),  # less than four blocks of keys
+        (4096, 4096, 1024, 128, "cpu", True),
+        (4096, 4096, 1023, 128, "cpu", False),  # less than three blocks of keys
         (2048, 2048, None, 128, "cpu", False),  # sixteen chunks
         (2048, 8192, None, 128, "cpu", False),
         (2176, 8704, None, 128, "cpu", True),
