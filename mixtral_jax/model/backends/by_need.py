@@ -26,6 +26,8 @@ from mixtral_jax.model.feed_forward import SwiGLU, swiglu
 _FEW = 32
 _FEW_INPUTS = 512
 """Of matrices that units read fast enough to do so for two rows at a time."""
+_LARGE = 1 << 20
+"""Numbers of a float32 matrix that small blocks read too often: caches don't hold an expert of such."""
 _SMALLEST_BLOCK, _LARGEST_BLOCK, _STEP = 32, 512, 16
 
 
@@ -88,16 +90,16 @@ def block_on_cpu(choices: int, experts: tuple[SwiGLU, ...], execution: Execution
     """Rows that an expert takes at a time on a CPU, of so many choices in all; None where it does as elsewhere.
 
     By measurement, see docs/cost-growth.md. `few_rows` is at its best with three, or four that don't lie in the first
-    cache; in float32 only up to four choices an expert; and `half_bytes` with four. On matrix units, small blocks are
-    only for up to two choices an expert. A float32 matrix that lies as it is XLA:CPU reads for one row three times as
-    fast as for several. Of other kinds nothing of the sort is known.
+    cache; with large matrices in float32 only up to four choices an expert; and `half_bytes` with four. On matrix
+    units, small blocks are only for up to two choices an expert. A float32 matrix that lies as it is XLA:CPU reads for
+    one row three times as fast as for several. Of other kinds nothing of the sort is known.
     """
     gate = experts[0].gate
     if isinstance(gate, ByOutput) and on_matrix_units(gate.values.dtype, execution.product_dtype):
         block, most = 2 if gate.shape[0] <= _FEW_INPUTS else 4, 2
     elif isinstance(gate, ByOutput):
         block = 4 if is_wide(4, gate.shape[0]) else 3
-        most = 4 if gate.values.dtype == jnp.float32 else 16
+        most = 4 if gate.values.dtype == jnp.float32 and gate.values.size >= _LARGE else 16
     elif isinstance(gate, HalfBytes):
         block, most = 4, 16
     elif all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(experts)):

@@ -141,11 +141,14 @@ def test_tokens_that_a_block_has_room_for_are_not_sorted(lay, room):
         (True, "int8", "bfloat16", 512, 128, 3),
         (True, "bfloat16", "float32", 512, 128, 3),
         (False, "bfloat16", "bfloat16", 2048, 128, 4),
-        (False, "float32", "float32", 512, 33, 16),
+        (False, "float32", "float32", 512, 128, 3),
+        (False, "float32", "float32", 512, 129, 32),
+        (False, "float32", "float32", 1 << 18, 32, 4),
+        (False, "float32", "float32", 1 << 18, 33, 16),
     ],
 )
 def test_rows_that_an_expert_takes_at_a_time(monkeypatch, units, held, multiplied, inputs, choices, block):
-    """On matrix units few at a time only up to two choices an expert."""
+    """On matrix units few at a time only up to two choices an expert, and of large matrices in float32 up to four."""
     monkeypatch.setattr(chips, "has_amx", lambda: units)
     gate = ByOutput(jnp.zeros((4, inputs), held), 1)
     experts = (SwiGLU(gate, gate, gate),) * 8
