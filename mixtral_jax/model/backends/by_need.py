@@ -27,7 +27,7 @@ _FEW = 32
 _FEW_INPUTS = 512
 """Of matrices that units read fast enough to do so for two rows at a time."""
 _LARGE = 1 << 20
-"""Numbers of a float32 matrix that small blocks read too often: caches don't hold an expert of such."""
+"""Numbers of a float32 matrix that small blocks read too often: they are as fast with 1024 x 1024, slower with more."""
 _SMALLEST_BLOCK, _LARGEST_BLOCK, _STEP = 32, 512, 16
 
 

@@ -24,9 +24,10 @@ from mixtral_jax.model.masks import visible
 from mixtral_jax.sharding.mesh import platform
 
 KEYS_AT_ONCE = 384
-"""Of a block: of those in docs/other-cpus.md the fastest more often than not. A window of 1,024 is three."""
+"""Of a block: of those in docs/other-cpus.md the fastest more often than not. 128 queries and W = 1,024 are three."""
 FEWEST_BLOCKS = 3
-"""Where a chunk has fewer, what the last is filled up with is too much."""
+LEAST_FILLED = 7 / 8
+"""Of a window's blocks: what the last is filled up with is computed for each chunk."""
 FEWEST_QUERIES = 128
 """Of a chunk: fewer do little with a block."""
 
@@ -126,8 +127,10 @@ def self_attention(
 
 def goes_by_blocks(length: int, num_places: int, window: int | None, chunk: int, name: str) -> bool:
     """Whether a chunk of queries takes its keys, of so many places, a block at a time, on a platform of this name."""
-    are_many = keys_of(chunk, window, num_places) >= FEWEST_BLOCKS * KEYS_AT_ONCE and not are_unrolled(length, chunk)
-    return name == "cpu" and are_many and chunk >= FEWEST_QUERIES
+    keys = keys_of(chunk, window, num_places)
+    are_many = keys >= FEWEST_BLOCKS * KEYS_AT_ONCE and not are_unrolled(length, chunk)
+    are_filled = window is None or keys >= LEAST_FILLED * -(-keys // KEYS_AT_ONCE) * KEYS_AT_ONCE
+    return name == "cpu" and chunk >= FEWEST_QUERIES and are_many and are_filled
 
 
 @dataclass(frozen=True)

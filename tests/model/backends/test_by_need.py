@@ -143,6 +143,7 @@ def test_tokens_that_a_block_has_room_for_are_not_sorted(lay, room):
         (False, "bfloat16", "bfloat16", 2048, 128, 4),
         (False, "float32", "float32", 512, 128, 3),
         (False, "float32", "float32", 512, 129, 32),
+        (False, "float32", "float32", (1 << 18) - 1, 33, 4),
         (False, "float32", "float32", 1 << 18, 32, 4),
         (False, "float32", "float32", 1 << 18, 33, 16),
     ],

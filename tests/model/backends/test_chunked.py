@@ -217,7 +217,7 @@ def test_chunks_are_taken_one_after_another():
     ("name", "window", "most"), [("cpu", 1024, 0.02), ("cpu", None, 0.02), ("cuda", 1024, 0.1), ("cuda", None, 0.25)]
 )
 def test_memory_of_a_training_step_is_far_below_dense(monkeypatch, name, window, most):
-    """T x T scores in float32 are 268 MB here; a chunk has 128 of their 8192 rows, and a block 256 of their columns."""
+    """T x T scores in float32 are 268 MB here; a chunk has 128 of their 8192 rows, and a block 384 of their columns."""
     monkeypatch.setattr(chunked, "platform", lambda: name)
     length = 8192
 
@@ -241,6 +241,10 @@ def test_memory_of_a_training_step_is_far_below_dense(monkeypatch, name, window,
         (4096, 4096, None, 128, "cpu", True),
         (4096, 4096, 1024, 128, "cpu", True),
         (4096, 4096, 1023, 128, "cpu", False),  # less than three blocks of keys
+        (4096, 4096, 1025, 128, "cpu", False),  # a fourth with one key
+        (4096, 4096, 1215, 128, "cpu", False),
+        (4096, 4096, 1216, 128, "cpu", True),  # four blocks, of which seven eighths are filled
+        (8192, 8192, 896, 256, "cpu", True),
         (2048, 2048, None, 128, "cpu", False),  # sixteen chunks
         (2048, 8192, None, 128, "cpu", False),
         (2176, 8704, None, 128, "cpu", True),
