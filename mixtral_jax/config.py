@@ -121,6 +121,7 @@ class Dispatch:
 
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
+Remat = Literal["none", "products", "full", "offload"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -141,14 +142,20 @@ class Execution:
     everywhere, XLA, a chunk of queries at a time."""
     attention_chunk: int = 128
     """Queries that XLA's attention takes at a time."""
-    remat: Literal["none", "products", "full"] = "none"
+    remat: Remat = "none"
     """What the backward pass computes again, a layer at a time, besides attention scores, which it always does.
-    `products`: all but the results of matrix products; `full`: everything."""
+    `products`: all but the results of matrix products; `full`: everything, of the layer's input; `offload`: the same,
+    and the inputs of all layers wait in the host's memory, where the device has another."""
 
     @model_validator(mode="after")
     def check(self) -> Execution:
         require_positive(self, ("attention_chunk",))
         return self
+
+    @property
+    def repeats_layers(self) -> bool:
+        """Whether the backward pass has of a layer its input alone."""
+        return self.remat in ("full", "offload")
 
     @property
     def held_dtype(self) -> str:

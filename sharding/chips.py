@@ -48,6 +48,8 @@ class Chip:
     wiring: Torus | Switched
     network_bandwidth: float
     """Bytes a second that a chip sends out of its slice or node."""
+    host_bandwidth: float
+    """Bytes a second between a chip and its host's memory, one way."""
     most_ragged: int | None = None
     """Chips that its compiler makes a ragged all-to-all for, at most; None: any number."""
 
@@ -63,14 +65,16 @@ _GIB = 2**30
 # which name none, are taken to be as v5p. GPUs: NVIDIA's data sheets of NVLink (900 GB/s both ways on H100 and H200,
 # 600 on A100) and of DGX systems, which have one 400 (A100: 200) Gbit/s InfiniBand card a GPU. Ragged exchanges: libtpu
 # 0.0.42 refuses them on slices of v5e beyond 4 x 4, "not supported in limited ICI routing settings".
-_V4 = Chip("v4", 275e12, 32e9, 1228e9, Torus(3, 50e9, 4), 6.25e9)
-_V5E = Chip("v5e", 197e12, 16e9, 819e9, Torus(2, 50e9, 16), 3.125e9, most_ragged=16)
-_V5P = Chip("v5p", 459e12, 95 * _GIB, 2765e9, Torus(3, 100e9, 4), 6.25e9)
-_V6E = Chip("v6e", 918e12, 32e9, 1638e9, Torus(2, 100e9, 16), 12.5e9)
-_V7X = Chip("v7x", 2307e12, 192 * _GIB, 7380e9, Torus(3, 100e9, 4), 6.25e9)
-_A100 = Chip("A100", 312e12, 80e9, 2039e9, Switched(8, 300e9), 25e9)
-_H100 = Chip("H100", 989e12, 80e9, 3350e9, Switched(8, 450e9), 50e9)
-_H200 = Chip("H200", 989e12, 141e9, 4800e9, Switched(8, 450e9), 50e9)
+# To the host: TPUs by "How to Scale Your Model" (jax-ml.github.io/scaling-book, part 2), about 15 GB/s a chip, v6e 32,
+# and v7x, which it leaves out, is taken to be as that; GPUs by NVIDIA's data sheets, 16 lanes of PCIe 5 (A100: 4).
+_V4 = Chip("v4", 275e12, 32e9, 1228e9, Torus(3, 50e9, 4), 6.25e9, 15e9)
+_V5E = Chip("v5e", 197e12, 16e9, 819e9, Torus(2, 50e9, 16), 3.125e9, 15e9, most_ragged=16)
+_V5P = Chip("v5p", 459e12, 95 * _GIB, 2765e9, Torus(3, 100e9, 4), 6.25e9, 15e9)
+_V6E = Chip("v6e", 918e12, 32e9, 1638e9, Torus(2, 100e9, 16), 12.5e9, 32e9)
+_V7X = Chip("v7x", 2307e12, 192 * _GIB, 7380e9, Torus(3, 100e9, 4), 6.25e9, 32e9)
+_A100 = Chip("A100", 312e12, 80e9, 2039e9, Switched(8, 300e9), 25e9, 32e9)
+_H100 = Chip("H100", 989e12, 80e9, 3350e9, Switched(8, 450e9), 50e9, 64e9)
+_H200 = Chip("H200", 989e12, 141e9, 4800e9, Switched(8, 450e9), 50e9, 64e9)
 
 # By a prefix of jax's device kind; the first match counts, so longer names come first.
 _CHIPS: tuple[tuple[str, Chip], ...] = (

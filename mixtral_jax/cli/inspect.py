@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from mixtral_jax.cli.platform import Bits
 from mixtral_jax.cli.progress import bar
 
 if TYPE_CHECKING:
     from mixtral_jax.config import ModelConfig
-    from mixtral_jax.quantization import Bits
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -74,7 +74,7 @@ def describe(config: ModelConfig, batch: int, length: int) -> dict:
         "parameters": total,
         "active_parameters": active,
         "weight_bytes": {dtype: total * size for dtype, size in _BYTES.items()}
-        | {"int8": _quantized_bytes(config, "int8"), "int4": _quantized_bytes(config, "int4")},
+        | {bits: _quantized_bytes(config, bits) for bits in get_args(Bits)},
         "cache": {
             "batch": batch,
             "length": length,

@@ -15,6 +15,7 @@ from mixtral_jax.cli.meshes import parse_mesh
 from mixtral_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from mixtral_jax.config import Remat
     from mixtral_jax.planning.job import Job
     from mixtral_jax.planning.search import Wanted
     from mixtral_jax.planning.topology import Topology
@@ -41,7 +42,8 @@ def plan(
     capacity_factor: Annotated[float | None, typer.Option(help="Places an expert has, over a balanced share.")] = None,
     dropless: Annotated[bool, typer.Option("--dropless", help="Every token is served, whatever the routing.")] = False,
     remat: Annotated[
-        Literal["none", "products", "full"] | None, typer.Option(help="What the backward pass computes again.")
+        Literal["none", "products", "full", "offload"] | None,
+        typer.Option(help="What the backward pass computes again, and whether layers' inputs wait on the host."),
     ] = None,
     attention_chunk: Annotated[int | None, typer.Option(help="Queries that attention takes at a time.")] = None,
     window: Annotated[str | None, typer.Option(help="The sliding window, or none. Default: the model's.")] = None,
@@ -122,7 +124,7 @@ def _wanted(
     mesh: str | None,
     batch_per_chip: float | None,
     sequence: int | None,
-    remat: str | None,
+    remat: Remat | None,
     window: str | None,
     serve: bool,
 ) -> Wanted:
@@ -171,7 +173,7 @@ def _asked(wanted: Wanted, machine: Topology) -> Job:
     if wanted.mesh is None:
         return smallest(wanted, machine)
     chunk = wanted.attention_chunk or EXECUTION.attention_chunk
-    chosen = replace(EXECUTION, remat=wanted.remat or "full", attention_chunk=chunk)  # type: ignore[arg-type]
+    chosen = replace(EXECUTION, remat=wanted.remat or "full", attention_chunk=chunk)
     execution = replace(EXECUTION, cache_dtype=wanted.cache_dtype) if wanted.serve else chosen
     dispatch = wanted.dispatch or Dispatch()
     job = Job(wanted.model, wanted.mesh, 1, wanted.length, execution, dispatch, serve=wanted.serve)

@@ -1,15 +1,17 @@
-"""`jax.jit` for the programs of inference, with what the compiler has to be told where they use `few_rows`."""
+"""`jax.jit` for the programs of inference, with what the compiler has to be told where they use `few_rows`, and several
+of them compiled side by side."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 
 from mixtral_jax.model.backends import few_rows
-from mixtral_jax.sharding.mesh import current_mesh
+from mixtral_jax.sharding.mesh import current_mesh, platform
 
 
 def program(**options: Any) -> Callable[[Callable[..., Any]], Program]:
@@ -35,3 +37,16 @@ class Program:
     def jitted(self) -> Any:
         """What `jax.jit` made of it, as weights are prepared here."""
         return self._of_few_rows if current_mesh() is None and few_rows.are_for_this_host() else self._anywhere
+
+
+def compile_together(calls: Sequence[functools.partial[Any]]) -> None:
+    """Compiles what calls of programs need, side by side, and calls none; each call then finds it.
+
+    Not for a CPU, whose compiler gains nothing by it (docs/performance.md).
+    """
+    if platform() == "cpu":
+        return
+    with ThreadPoolExecutor(len(calls), thread_name_prefix="compiling") as pool:
+        lowered = [call.func.lower(*call.args, **call.keywords) for call in calls]  # type: ignore[attr-defined]
+        for each in [pool.submit(each.compile) for each in lowered]:
+            each.result()

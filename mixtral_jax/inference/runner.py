@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from mixtral_jax.config import Execution, ModelConfig
 from mixtral_jax.errors import InputError
 from mixtral_jax.inference import programs, requests
+from mixtral_jax.inference.compiling import compile_together
 from mixtral_jax.inference.prefixes import empty_pool, restore, save
 from mixtral_jax.inference.proposals import Draft, Lookup, NoProposals, Proposer
 from mixtral_jax.inference.requests import EngineConfig, Request
@@ -79,11 +81,14 @@ class Runner:
     def warm_up(self) -> None:
         """Runs every program, so that none is compiled later; what slots held is lost."""
         chunk = self._config.prefill_chunk
+        forms = [(size, fresh) for size in sizes(chunk) for fresh in (True, False)]
+        compile_together(
+            [*(self._prefill({}, *form) for form in forms), self._decode([], 1, self.everything_BW)],
+        )
         # Twice: on a mesh, what the first round leaves may be laid out otherwise than what it found.
         for _ in range(2):
-            for size in sizes(chunk):
-                for fresh in (True, False):
-                    self.take_in({0: (0,) * size}, size, fresh)
+            for size, fresh in forms:
+                self.take_in({0: (0,) * size}, size, fresh)
             if self._config.prefix_blocks:
                 self.save(0, 0, 0)
                 self.restore(0, {0: 0})
@@ -101,6 +106,9 @@ class Runner:
           pieces: at most `rows(size)` of them, each of at most so many tokens.
           fresh: whether the texts begin here.
         """
+        self._slots = self._prefill(pieces, size, fresh)()
+
+    def _prefill(self, pieces: Mapping[int, Sequence[int]], size: int, fresh: bool) -> partial[Slots]:
         count = self.rows(size)
         row_P = np.full((count,), self._config.slots, np.int32)
         tokens_PT, real_PT = np.zeros((count, size), np.int32), np.zeros((count, size), bool)
@@ -108,9 +116,8 @@ class Runner:
             row_P[place] = row
             tokens_PT[place, : len(tokens)] = tokens
             real_PT[place, : len(tokens)] = True
-        self._slots = programs.prefill(
-            self._weights, self._slots, row_P, tokens_PT, real_PT, models=self._models, fresh=fresh
-        )
+        arrays = self._weights, self._slots, row_P, tokens_PT, real_PT
+        return partial(programs.prefill, *arrays, models=self._models, fresh=fresh)
 
     def begin(self, texts: Mapping[int, Request]) -> None:
         """Has rows decode that have taken in all of their prompts but the last token."""
@@ -144,19 +151,14 @@ class Runner:
           steps: at most MOST_STEPS.
           allowed_BW: uint32, a bit for each token that may come next.
         """
+        self._slots, chosen = self._decode(rows, steps, allowed_BW)()
+        return jax.device_get(chosen)
+
+    def _decode(self, rows: Sequence[int], steps: int, allowed_BW: np.ndarray) -> partial[tuple[Slots, Chosen]]:
         goes_on_B = np.zeros((self._config.slots,), bool)
         goes_on_B[list(rows)] = True
-        self._slots, chosen = programs.decode(
-            self._weights,
-            self._slots,
-            goes_on_B,
-            np.int32(steps),
-            allowed_BW,
-            models=self._models,
-            proposer=self._proposer,
-            most_steps=MOST_STEPS,
-        )
-        return jax.device_get(chosen)
+        arrays = self._weights, self._slots, goes_on_B, np.int32(steps), allowed_BW
+        return partial(programs.decode, *arrays, models=self._models, proposer=self._proposer, most_steps=MOST_STEPS)
 
     def save(self, row: int, start: int, block: int) -> None:
         """Copies what a row took in from position start on, a whole chunk, into a block."""

@@ -80,7 +80,7 @@ def apply_experts(
         groups = expert_BTA.reshape(-1, group_size, choices), mask_BT.reshape(-1, group_size)
         slots = moves.capacity_slots(*groups, num_experts, dispatch, gate_BTA.reshape(-1, group_size, choices))
         form = Places(execution, rules, num_experts, shards)
-    if execution.remat == "full" or isinstance(form, Queue):
+    if execution.repeats_layers or isinstance(form, Queue):
         y_ND = mixture(form, x_ND, gate_NA, parts, slots, sizes_E)
     else:
         y_ND = differentiable_mixture(form, x_ND, gate_NA, parts, slots, sizes_E)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax.config import Dispatch, Execution, ModelConfig
 from mixtral_jax.model.attention import Attention, Context
@@ -37,11 +38,18 @@ UNEMBEDDING_AXES: Names = ("embed", "vocab")
 
 _MOST_UNROLLED = 4
 """Layers; they take as long to compile as so many times one."""
+_INPUT = "layer input"
 _REMAT_POLICIES = {
     # Kept, the gathered weights of all layers would be the whole model on each device.
     "none": keep_all_but_gathered,
     "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -68,6 +76,8 @@ class Block(nn.Module):
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None
     ) -> tuple[jax.Array, tuple[Statistics | None, LayerCache | None]]:
         config, execution, rules = self.config, self.execution, self.rules
+        if execution.remat == "offload":
+            x_BTD = checkpoint_name(x_BTD, _INPUT)
         normalised = RMSNorm(config.norm_eps, name="attention_norm")(x_BTD)
         mixed, cache = Attention(config, execution, rules, name="attention")(normalised, context, cache)
         x_BTD = constrain(x_BTD + mixed, ("batch", "length", "activation"), rules)

@@ -51,6 +51,8 @@ class Compiled:
     collectives: list[Collective]
     missing: float = 0
     """Bytes a chip by which the compiler found the program too large; memory and collectives are then empty."""
+    on_host: int = 0
+    """Bytes in the host's memory for a chip."""
 
     @property
     def total(self) -> int:
@@ -98,7 +100,8 @@ def _compile(program: Abstract, mesh: Mesh) -> Compiled:
     live = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     live += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory = {**given, "temporaries": live - sum(given.values())}
-    return Compiled(program.name, seconds, memory, collectives(compiled.as_text(), mesh))
+    found = collectives(compiled.as_text(), mesh)
+    return Compiled(program.name, seconds, memory, found, on_host=analysis.host_temp_size_in_bytes)
 
 
 def local_bytes(leaf: jax.ShapeDtypeStruct) -> int:

@@ -72,7 +72,7 @@ def training_work(job: Job, kernel: AttentionKernel | None = None) -> list[Work]
 
 def _passes(job: Job) -> int:
     """Forward, backward twice, and forward again unless its products are kept."""
-    return 4 if job.execution.remat == "full" else 3
+    return 4 if job.execution.repeats_layers else 3
 
 
 def _product_bytes(job: Job, rows: float, width_in: float, width_out: float) -> float:
@@ -136,7 +136,7 @@ def _feed_forward(job: Job) -> Work:
     hidden = model.hidden_dim // tensor
     if model.moe is None:
         # Repeated, its last product is left out: nothing needs it.
-        products, rows, router = 11 if job.execution.remat == "full" else 9, job.local_tokens, 0
+        products, rows, router = 11 if job.execution.repeats_layers else 9, job.local_tokens, 0
     else:
         products, rows = expert_passes(job), job.expert_rows
         router = 2 * model.dim * model.moe.num_experts * job.local_tokens * _passes(job)

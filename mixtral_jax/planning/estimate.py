@@ -1,7 +1,8 @@
 """How long a step might take: an estimate from counts, with its assumptions; nothing is measured.
 
 Each part of a step takes the longer of its arithmetic and its memory traffic, and the parts follow one another. Weights
-and their gradients travel meanwhile, as far as there is time; tokens travel in between.
+and their gradients travel meanwhile, as far as there is time; tokens travel in between. What waits in the host's memory
+goes there beside the forward pass, of four passes one, and comes back beside the others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from mixtral_jax.model.flops import training_flops
 from mixtral_jax.planning.counts import Work, decoding_work, prefill_work, training_work
 from mixtral_jax.planning.interconnect import seconds
 from mixtral_jax.planning.job import AttentionKernel, Job
-from mixtral_jax.planning.memory import PREFILL_CHUNK
+from mixtral_jax.planning.memory import PREFILL_CHUNK, on_host
 from mixtral_jax.planning.topology import Topology
 from mixtral_jax.planning.traffic import Transfer, decoding_transfers, training_transfers
 from mixtral_jax.sharding.chips import Chip
@@ -26,10 +27,14 @@ MEMORY_EFFICIENCY = 0.8
 LINK_EFFICIENCY = 0.8
 """Of the wires' speed, in messages of the size of a layer's weights."""
 
+_PASSES = 4
+"""Of a layer that is repeated: forward, again, and backward twice."""
+
 ASSUMPTIONS = (
     f"products run at {COMPUTE_EFFICIENCY:.0%} of the peak, memory at {MEMORY_EFFICIENCY:.0%} and links at "
     f"{LINK_EFFICIENCY:.0%} of the data sheet",
-    "weights and their gradients travel while the chip computes; tokens, keys and sums over heads do not",
+    "weights and their gradients travel while the chip computes, and so does what is offloaded; tokens, keys and sums "
+    "over heads do not",
     "routing is balanced, input is never waited for, and checkpoints and validation take no time",
 )
 
@@ -57,6 +62,8 @@ class Estimate:
     """Of transfers that nothing hides."""
     hidden_seconds: float
     """Of transfers that go on beside the work."""
+    host_seconds: float
+    """Of the way to the host's memory and the one back, which go on beside the work too."""
     bound: str
     """What takes the longest."""
     tokens_per_second: float
@@ -120,7 +127,8 @@ def _timed(job: Job, machine: Topology, work: list[Work], transfers: list[Transf
     links = [Link(each, seconds(each, machine, job.mesh) / LINK_EFFICIENCY) for each in transfers]
     exposed = sum(link.seconds for link in links if not link.transfer.hidden)
     hidden = sum(link.seconds for link in links if link.transfer.hidden)
-    total = max(computing + reading, hidden) + exposed
+    host = 2 * on_host(job) * job.accumulation / (chip.host_bandwidth * LINK_EFFICIENCY)
+    total = max(computing + reading, hidden, _PASSES / 2 * host) + exposed
     return Estimate(
         seconds=total,
         work=work,
@@ -129,15 +137,16 @@ def _timed(job: Job, machine: Topology, work: list[Work], transfers: list[Transf
         memory_seconds=reading,
         exposed_seconds=exposed,
         hidden_seconds=hidden,
-        bound=_bound(computing, reading, links),
+        host_seconds=host,
+        bound=_bound(computing, reading, _PASSES / 2 * host, links),
         tokens_per_second=tokens / total,
         mfu=None,
         mfu_full=None,
     )
 
 
-def _bound(computing: float, reading: float, links: list[Link]) -> str:
-    terms = {"compute": computing, "memory bandwidth": reading}
+def _bound(computing: float, reading: float, offloading: float, links: list[Link]) -> str:
+    terms = {"compute": computing, "memory bandwidth": reading, "link to the host": offloading}
     for link in links:
         name = "interconnect over " + " x ".join(link.transfer.axes)
         terms[name] = terms.get(name, 0.0) + link.seconds

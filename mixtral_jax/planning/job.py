@@ -109,7 +109,7 @@ class Job:
     def repeats_no_experts(self) -> bool:
         """Whether the experts' own backward pass is at work, which computes again only what lies between products."""
         dropless = self.dispatch.capacity_factor is None
-        return self.execution.remat == "full" or (dropless and self.mesh.expert > 1)
+        return self.execution.repeats_layers or (dropless and self.mesh.expert > 1)
 
 
 def check(job: Job) -> Job:

@@ -172,9 +172,11 @@ def kept_activations(job: Job) -> float:
     """What lies from the forward pass to the backward one: of each layer its input, or more."""
     model, remat = job.model, job.execution.remat
     stream = DTYPE_BYTES[job.execution.activation_dtype]
-    kept = float(model.dim * stream)
+    kept = _layer_input(job)
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim // job.mesh.tensor
     hidden, rows = model.hidden_dim // job.mesh.tensor, job.expert_rows / max(job.local_tokens, 1)
+    if remat == "offload":
+        return 0.0  # the few that are on their way take the place of others: see `on_host`
     if remat != "full":
         kept += stream * (heads + model.dim)
         if model.moe is None:
@@ -185,6 +187,18 @@ def kept_activations(job: Job) -> float:
         kept += stream * (2 * model.dim + 2 * heads) + (_FLOAT if job.kernel == "xla" else stream) * mixed
         kept += stream * (hidden if model.moe is None else rows * (2 * model.dim + 3 * hidden))
     return model.num_layers * job.local_tokens * kept
+
+
+def on_host(job: Job) -> float:
+    """Bytes in the host's memory for a device: what goes there in the forward pass, and comes back in the other."""
+    if job.serve or job.execution.remat != "offload":
+        return 0.0
+    return job.model.num_layers * job.local_tokens * _layer_input(job)
+
+
+def _layer_input(job: Job) -> float:
+    """Bytes of a token on a device between two layers, where the residual stream is split over `tensor`."""
+    return job.model.dim // job.mesh.tensor * DTYPE_BYTES[job.execution.activation_dtype]
 
 
 def _layer(job: Job) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from mixtral_jax import configs
-from mixtral_jax.config import STRICT, Dispatch, ModelConfig, build, model_config, read_toml
+from mixtral_jax.config import STRICT, Dispatch, ModelConfig, Remat, build, model_config, read_toml
 from mixtral_jax.errors import InputError, nearest
 from mixtral_jax.planning.job import EXECUTION, Job, check
 from mixtral_jax.planning.search import Wanted, rows_of
@@ -26,7 +26,7 @@ class Entry:
     mesh: MeshConfig | None = None
     batch_per_chip: float | None = None
     """Rows of a step over chips; to serve, texts that are decoded at once over chips."""
-    remat: Literal["none", "products", "full"] = "full"
+    remat: Remat = "full"
     attention_chunk: int = EXECUTION.attention_chunk
     capacity_factor: float | None = None
     """None: dropless."""

@@ -16,7 +16,7 @@ from mixtral_jax.planning.estimate import (
 )
 from mixtral_jax.planning.hlo import bytes_by_axes
 from mixtral_jax.planning.job import Job, mesh_text
-from mixtral_jax.planning.memory import MARGIN, memory
+from mixtral_jax.planning.memory import MARGIN, memory, on_host
 from mixtral_jax.planning.search import Candidate, Remedy, flags
 from mixtral_jax.planning.topology import Topology
 from mixtral_jax.planning.traffic import decoding_transfers, training_transfers
@@ -46,6 +46,7 @@ def describe(
         "cache_dtype": job.execution.kept_dtype if job.serve else None,
         "flags": flags(job),
         "memory_by_counts": _bytes(vars(memory(job))),
+        "on_host_by_counts": on_host(job),
         "traffic_by_counts": _traffic(job),
         "work": [vars(each) for each in ([] if job.serve else training_work(job))],
         "compiled": [_compiled(each) for each in compiled],
@@ -128,6 +129,7 @@ def _compiled(each: Compiled) -> dict[str, Any]:
         "program": each.name,
         "seconds": each.seconds,
         "memory": each.memory,
+        "on_host": each.on_host,
         "missing_bytes": each.missing,
         "traffic": [
             {"axes": list(axes), "kind": kind, "sent_bytes": size}
@@ -157,6 +159,7 @@ def _estimate(found: Estimate, machine: Topology) -> dict[str, Any]:
         "compute_seconds": found.compute_seconds,
         "memory_seconds": found.memory_seconds,
         "interconnect_seconds": {"exposed": found.exposed_seconds, "hidden": found.hidden_seconds},
+        "host_seconds": found.host_seconds,
         "links": links,
         "flops_per_chip": sum(each.flops for each in found.work),
         "memory_traffic_per_chip": sum(each.bytes for each in found.work),

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mixtral_jax.config import CacheDtype, Dispatch, ModelConfig
+from mixtral_jax.config import CacheDtype, Dispatch, ModelConfig, Remat
 from mixtral_jax.errors import InputError
 from mixtral_jax.planning.estimate import Estimate, estimate, estimate_decode
 from mixtral_jax.planning.job import EXECUTION, Job, mesh_text, problems
@@ -22,9 +22,12 @@ MOST_SECONDS_A_TOKEN = 0.05
 """To decode one token of each text, at most: a reader waits."""
 NEAR = 1.02
 """Of plans this close to the fastest, the one with the smallest batch and the fewest axes is the best."""
+OFFLOADED = 1.1
+"""How many times as fast a plan has to be that keeps layers' inputs in the host's memory: how fast they get there an
+estimate knows least."""
 _ROWS = (1, 2, 4, 8, 16, 32)
 _TEXTS = tuple(2**power for power in range(11))
-_REMATS = ("none", "products", "full")
+_REMATS: tuple[Remat, ...] = ("none", "products", "full", "offload")
 _MOST_CHIPS = 1024
 _LONG = 16384
 _CHUNKS = (512, 128)
@@ -43,7 +46,8 @@ class Candidate:
 
     @property
     def seconds_a_token(self) -> float:
-        return 1 / self.estimate.tokens_per_second
+        """By which plans are ranked."""
+        return (OFFLOADED if self.job.execution.remat == "offload" else 1) / self.estimate.tokens_per_second
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Wanted:
     serve: bool = False
     mesh: MeshConfig | None = None
     batch_per_chip: float | None = None
-    remat: str | None = None
+    remat: Remat | None = None
     dispatch: Dispatch | None = None
     attention_chunk: int | None = None
     quantize: Bits | None = None
@@ -153,7 +157,7 @@ def _of_mesh(wanted: Wanted, mesh: MeshConfig, machine: Topology) -> Iterator[Jo
     if wanted.attention_chunk is not None:
         chunks = (wanted.attention_chunk,)
     for number, remat, dispatch, chunk in itertools.product(rows, remats, dispatches, chunks):
-        execution = replace(EXECUTION, remat=remat, attention_chunk=chunk)  # type: ignore[arg-type]
+        execution = replace(EXECUTION, remat=remat, attention_chunk=chunk)
         yield replace(base, rows=number, execution=execution, dispatch=dispatch or Dispatch())
 
 
@@ -178,13 +182,14 @@ class Remedy:
 
 
 def remedies(job: Job, machine: Topology) -> list[Remedy]:
-    """What would fit, the smallest change first: remat, batch, mesh, all of them, more chips."""
+    """What would fit, the smallest change first: remat, batch, the host's memory, mesh, all of them, more chips."""
     asked = Wanted(job.model, job.length, job.serve, job.mesh, job.batch_per_chip, job.execution.remat, job.dispatch)
     asked = replace(asked, quantize=job.quantize, cache_dtype=job.execution.cache_dtype)
     free = replace(asked, mesh=None, remat=None)
     tries = [
         ("--remat full", replace(asked, remat="full")),
         ("a smaller batch", replace(asked, batch_per_chip=None)),
+        ("--remat offload", replace(asked, remat="offload")),
         ("another mesh", replace(asked, mesh=None)),
         ("another mesh and --remat full", replace(asked, mesh=None, remat="full")),
         ("a smaller batch and --remat full", replace(asked, batch_per_chip=None, remat="full")),

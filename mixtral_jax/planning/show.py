@@ -15,6 +15,10 @@ def show(plan: dict[str, Any], console: Console) -> None:
     console.print(heading(plan), soft_wrap=True)
     console.print()
     console.print(_memory(plan))
+    if plan["on_host_by_counts"]:
+        sizes = [f"{plan['on_host_by_counts'] / GIB:.2f} GiB a chip by counts"]
+        sizes += [f"{each['on_host'] / GIB:.2f} by the compiler" for each in plan["compiled"] if each["memory"]]
+        console.print("in the host's memory: " + ", ".join(sizes))
     traffic = _traffic(plan)
     if traffic.row_count:
         console.print(traffic)
@@ -85,7 +89,8 @@ def _estimate(name: str, found: dict[str, Any], console: Console) -> None:
     console.print(
         f"  {found['flops_per_chip'] / 1e12:,.4g} TFLOP and {found['memory_traffic_per_chip'] / 1e9:,.4g} GB a chip;"
         f" arithmetic {found['compute_seconds']:.3g} s, memory {found['memory_seconds']:.3g} s,"
-        f" interconnect {apart['exposed']:.3g} s and {apart['hidden']:.3g} s meanwhile",
+        f" interconnect {apart['exposed']:.3g} s and {apart['hidden']:.3g} s meanwhile"
+        + (f", to the host and back {found['host_seconds']:.3g} s meanwhile" if found["host_seconds"] else ""),
         soft_wrap=True,
     )
     console.print(f"  {found['tokens_per_second']:,.0f} tokens/s, {found['tokens_per_second_per_chip']:,.0f} a chip")

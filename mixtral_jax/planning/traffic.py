@@ -138,13 +138,13 @@ def tensor_sums(job: Job) -> int:
     """How often a layer sums its residual stream, or its cotangent, over `tensor`, each device keeping its part: after
     attention and the feed-forward; backward for each product that splits its result: queries, keys, values, gate, up;
     and for attention again, where it is repeated."""
-    return 2 + 3 + 2 + (job.execution.remat == "full")
+    return 2 + 3 + 2 + job.execution.repeats_layers
 
 
 def tensor_gathers(job: Job) -> int:
     """How often a layer gathers it: for attention and the feed-forward, their cotangents, and both inputs again; the
     repeated queries and keys of a mixture's layer take one more. The compiler may do with one more or less."""
-    return 6 + (job.model.moe is not None and job.execution.remat == "full")
+    return 6 + (job.model.moe is not None and job.execution.repeats_layers)
 
 
 def _tensor_sums(job: Job) -> list[Transfer]:

@@ -95,6 +95,7 @@ def test_inspect(run):
     in_two = 32000 * 4096 + 32 * (4096 * 8 + 2 * 4096) + 4096
     channels = 32 * (4096 + 2 * 1024 + 4096 + 8 * (2 * 14336 + 4096)) + 32000
     assert report["weight_bytes"]["int8"] == 46_702_792_704 + in_two + 4 * channels
+    assert report["weight_bytes"]["fp8"] == report["weight_bytes"]["int8"]
     assert report["cache"]["bytes"]["int8"] == 1000 * 131_072 * 132 // 128
     assert report["cache"]["bytes"]["bfloat16"] == 2 * 1000 * 131_072
     windowed = json.loads(run("inspect", "mistral-7b-v0.1", "--json")[1])

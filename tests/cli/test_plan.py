@@ -104,6 +104,14 @@ def test_a_window(run):
     assert windowed["estimates"]["train"]["seconds"] < whole["estimates"]["train"]["seconds"] / 2
 
 
+def test_what_waits_in_the_hosts_memory(run):
+    status, out, _ = run("plan", *NATURAL, "--remat", "offload")
+    assert status == 0
+    assert "in the host's memory: 1.00 GiB a chip by counts\n" in out
+    assert "to the host and back 0.179 s meanwhile" in out
+    assert "host" not in run("plan", *NATURAL, "--remat", "full")[1].split("estimated, not measured")[0]
+
+
 def test_a_shipped_plan(run):
     status, out, _ = run("plan", "pods/v5p-4x4x4/mixtral-8x7b/train-4k", "--no-compile")
     assert status == 0

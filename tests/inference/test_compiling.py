@@ -1,12 +1,14 @@
 """What the compiler is told of a program, by where it runs."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from mixtral_jax.inference.compiling import program
+from mixtral_jax.inference import compiling
+from mixtral_jax.inference.compiling import compile_together, program
 from mixtral_jax.model.backends import few_rows
 
 
@@ -36,3 +38,28 @@ def test_is_a_program():
     x = jnp.ones(3)
     assert doubled(x).tolist() == [2, 2, 2]
     assert x.is_deleted()
+
+
+@pytest.mark.parametrize(("name", "traced"), [("cpu", 0), ("cuda", 3)])
+def test_what_is_compiled_together_is_called_as_it_was_compiled(monkeypatch, name, traced):
+    monkeypatch.setattr(compiling, "platform", lambda: name)
+    times = []
+
+    @program(static_argnames=("power",), donate_argnames=("x",))
+    def raised(x, *, power):
+        times.append(power)
+        return x**power
+
+    calls = [partial(raised, jnp.full(3, 2.0), power=power) for power in (1, 2, 3)]
+    compile_together(calls)
+    assert len(times) == traced
+    assert [call()[0] for call in calls] == [2, 4, 8]
+    assert times == [1, 2, 3]
+
+
+def test_what_the_compiler_refuses_is_told(monkeypatch):
+    monkeypatch.setattr(compiling, "platform", lambda: "cuda")
+    monkeypatch.setattr(few_rows, "OPTIONS", {"xla_no_such_option": True})
+    monkeypatch.setattr(few_rows, "are_for_this_host", lambda: True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        compile_together([partial(program()(lambda x: x + 1), jnp.ones(3))])

@@ -1,6 +1,8 @@
 """Continuous batching: a text is what it is alone, whatever comes and goes beside it."""
 
 import dataclasses
+import threading
+from functools import partial
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -13,13 +15,14 @@ from oracles import tiny
 
 from mixtral_jax.config import Execution
 from mixtral_jax.errors import InputError
-from mixtral_jax.inference import decode, generate
+from mixtral_jax.inference import compiling, decode, generate
 from mixtral_jax.inference.engine import Engine, _piece
 from mixtral_jax.inference.requests import EngineConfig, Request
 from mixtral_jax.inference.runner import Loaded
 from mixtral_jax.inference.sampling import SamplingConfig
 from mixtral_jax.inference.weights import assemble, prepare
 from mixtral_jax.model.tensors import look_up
+from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.usefixtures("blocks_of_three_slots")
 
@@ -243,6 +246,28 @@ def test_nothing_is_compiled_once_an_engine_is_warm():
     kinds += [dataclasses.replace(kinds[0], logprobs=3), dataclasses.replace(kinds[1], seed=2**40, index=2)]
     _run(engine, kinds, cancelled=[(2, 1)])
     assert not compiled
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_programs_for_an_accelerator_are_compiled_side_by_side(monkeypatch, on_mesh):
+    """Each by a thread of its own; and what was compiled so is what is called."""
+    monkeypatch.setattr(compiling, "platform", lambda: "tpu")
+    mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2]) if on_mesh else None
+    config = tiny.config("mixtral", num_kv_heads=2)
+    weights = assemble(partial(look_up, tiny.params(config)), config, EXECUTION, mesh)
+    shapes = dataclasses.replace(SHAPES, slots=5, max_length=48, prefill_chunk=64)  # no other test's
+    engine = Engine(Loaded(weights, config, EXECUTION), shapes, mesh=mesh)
+    threads = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: threads.append(threading.current_thread().name) if "backend_compile" in name else None
+    )
+    engine.warm_up()
+    beside = [name for name in threads if name.startswith("compiling")]
+    assert len(set(beside)) == len(beside) == 5  # pieces of 64 and 16 tokens, fresh or not; and the steps
+    # Where a mesh leaves arrays laid out otherwise than it found them, some are compiled again.
+    assert on_mesh or len(threads) - len(beside) == 3  # prefixes kept and given, and texts begun
+    request = Case(20, 7, 5, is_warm=False).request
+    assert [len(ids) for ids, _ in _run(engine, [request])] == [5]
 
 
 def test_a_long_prompt_delays_no_other_by_more_than_a_chunk(monkeypatch):

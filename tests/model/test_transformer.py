@@ -144,7 +144,7 @@ def test_remat_changes_nothing():
         return jax.jit(jax.value_and_grad(lambda p: _objective(config, p, tokens, **model)))(params)
 
     plain = run("none")
-    for remat in ("products", "full"):
+    for remat in ("products", "full", "offload"):
         chex.assert_trees_all_close(run(remat), plain, rtol=1e-5, atol=1e-6)
 
 
@@ -162,15 +162,17 @@ def test_remat_saves_memory():
     assert full < products < none
 
 
-@pytest.mark.parametrize(("remat", "kept"), [("products", 7), ("full", 1)])
-def test_what_remat_keeps(remat, kept):
+@pytest.mark.parametrize(
+    ("remat", "kept", "where"), [("products", 7, "device"), ("full", 1, "device"), ("offload", 1, "pinned_host")]
+)
+def test_what_remat_keeps(remat, kept, where):
     """Of each layer its input and, of its seven products, the six whose result is used again; in the stream's dtype."""
     config = tiny.config("mistral")
     model = Transformer(config, Execution(activation_dtype="bfloat16", product_dtype="bfloat16", remat=remat))
     params, tokens = tiny.params(config), tiny.tokens(config, BATCH, LENGTH)
     saved = jax.vjp(lambda p: model.apply({"params": p}, tokens, method="hidden")[0], params)[1]
     of_layers = [leaf for leaf in jax.tree.leaves(saved) if leaf.shape[:3] == (config.num_layers, BATCH, LENGTH)]
-    assert [leaf.dtype for leaf in of_layers] == [jnp.bfloat16] * kept
+    assert [(leaf.dtype, leaf.sharding.memory_kind) for leaf in of_layers] == [(jnp.bfloat16, where)] * kept
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -22,7 +22,7 @@ from mixtral_jax.planning.compile import (
 )
 from mixtral_jax.planning.compilers import compile_ahead, devices
 from mixtral_jax.planning.job import Job, check
-from mixtral_jax.planning.memory import memory
+from mixtral_jax.planning.memory import memory, on_host
 from mixtral_jax.planning.topology import topology
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
@@ -92,6 +92,21 @@ def test_without_remat_a_layer_keeps_what_is_counted(kernel):
     (few, counted), (many, counted_many) = of_depth(2), of_depth(6)
     expected = counted_many.activations - counted.activations + counted_many.gradients - counted.gradients
     assert many - few == pytest.approx(expected, rel=0.25)
+
+
+@needs_compiler
+def test_offloaded_layers_inputs_are_on_the_host():
+    """To the byte; and not on the device, but for those on their way."""
+    model = ModelConfig(
+        dim=256, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=128, hidden_dim=512, vocab_size=256
+    )
+    full = check(Job(model, MeshConfig(data=1, fsdp=4), 16, 512, SHORT))
+    offload = replace(full, execution=replace(SHORT, remat="offload"))
+    (kept,), (moved,) = (compile_job(job, topology("v5p:2x2x1")) for job in (full, offload))
+    assert (kept.on_host, moved.on_host) == (0, on_host(offload))
+    assert on_host(offload) == memory(full).activations == 12 * 4 * 512 * 256 * 2
+    assert on_host(full) == memory(offload).activations == 0
+    assert kept.memory["temporaries"] - moved.memory["temporaries"] > on_host(offload) / 2
 
 
 @needs_compiler

@@ -89,7 +89,7 @@ from mixtral_jax.config import Execution, ModelConfig, MoEConfig
 from mixtral_jax.planning.compile import compile_job, lower, serving_programs, training_program
 from mixtral_jax.planning.compilers import compile_ahead, devices
 from mixtral_jax.planning.job import Job, check
-from mixtral_jax.planning.memory import memory
+from mixtral_jax.planning.memory import memory, on_host
 from mixtral_jax.planning.topology import topology
 from mixtral_jax.sharding.mesh import MeshConfig, make_mesh
 
@@ -110,6 +110,9 @@ for remat in ("none", "full"):
         text = compile_ahead(lower(training_program(again, mesh))).as_text()
     calls = "".join(line for line in text.splitlines() if "gpu.triton" in line)
     print(remat, *sorted(set(re.findall(r'name = .?"?([a-z_]+)', calls))))
+away = replace(job, execution=replace(execution, remat="offload"))
+(moved,) = compile_job(away, topology("h100:2"))
+print("on the host", moved.on_host == on_host(away) > 0)
 for heads, mesh, kept in ((1, {}, None), (2, {}, "int8"), (2, {"tensor": 2}, None)):
     served, machine = [], topology(f"h100:{mesh.get('tensor', 1)}")
     for layers in (2, 4):
@@ -142,4 +145,5 @@ def test_programs_for_gpu(tmp_path):
     kernels = {"attention", "attention_gradient_of_queries", "attention_gradient_of_keys"}
     kernels |= {"grouped_product", "grouped_weight_gradient"}
     assert [(line.split()[0], kernels <= set(line.split())) for line in lines[4:6]] == [("none", True), ("full", True)]
-    assert lines[6:] == ["served True True True"] * 3
+    assert lines[6] == "on the host True"
+    assert lines[7:] == ["served True True True"] * 3

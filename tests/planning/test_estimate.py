@@ -64,6 +64,21 @@ def test_small_batches_are_bound_by_the_interconnect():
     assert found.seconds == pytest.approx(found.hidden_seconds + found.exposed_seconds)
 
 
+def test_offloading_goes_on_beside_the_work_as_far_as_there_is_time():
+    """Of each layer a stream of two bytes a number; there at 32 GB/s by a quarter of the work, and back by the rest."""
+    machine = topology("v6e:8x8")
+    full, offload = (
+        _job("mixtral-8x7b", {"fsdp": 64}, 1, 32768, "v6e:8x8", remat=each) for each in ("full", "offload")
+    )
+    found = estimate(offload, machine)
+    assert found.host_seconds == pytest.approx(2 * 32 * 32768 * 4096 * 2 / 32e9 / 0.8)
+    assert replace(found, host_seconds=0) == estimate(full, machine)
+    slow = replace(machine, chip=replace(machine.chip, host_bandwidth=32e8))
+    found = estimate(offload, slow)
+    assert found.bound == "link to the host"
+    assert found.seconds == pytest.approx(2 * found.host_seconds)
+
+
 def test_decoding_a_text_reads_the_weights_it_uses():
     """Mistral 7B on one H100: 14.2 GB of weights without the embedding, at 80% of 3,350 GB/s."""
     machine = topology("h100:1")

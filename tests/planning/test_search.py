@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 
 from mixtral_jax import configs
-from mixtral_jax.config import build, model_config, read_toml
+from mixtral_jax.config import Dispatch, build, model_config, read_toml
 from mixtral_jax.errors import InputError
 from mixtral_jax.planning.job import Job, check, problems
 from mixtral_jax.planning.memory import memory
 from mixtral_jax.planning.pods import PURPOSES, find, pods, run_sections
-from mixtral_jax.planning.search import Wanted, budget, fits_on, remedies, search
+from mixtral_jax.planning.search import Wanted, budget, fits_on, flags, remedies, search
 from mixtral_jax.planning.table import COLUMNS, cells, markdown, rows
 from mixtral_jax.planning.topology import topology
 from mixtral_jax.sharding.mesh import MeshConfig
@@ -62,6 +62,22 @@ def test_a_plan_is_near_the_fastest_and_no_other_is_faster_by_much():
     assert len({each.job for each in found}) == len(found)
 
 
+@pytest.mark.parametrize(
+    ("machine", "batch", "is_offloaded"), [("v6e:8x8", None, True), ("v5p:4x4x4", None, False), ("v5p:4x4x4", 8, True)]
+)
+def test_layers_inputs_go_to_the_host_where_that_is_faster_by_a_tenth(machine, batch, is_offloaded):
+    """By the estimate, or where nothing else fits."""
+    mesh = MeshConfig(data=1, fsdp=64)
+    found = search(Wanted(model_config("mixtral-8x7b"), 32768, mesh=mesh, batch_per_chip=batch), topology(machine))
+    offloaded, others = (
+        [each.estimate.tokens_per_second for each in found if (each.job.execution.remat == "offload") == is_so]
+        for is_so in (True, False)
+    )
+    assert offloaded
+    assert (found[0].job.execution.remat == "offload") == is_offloaded
+    assert is_offloaded == (not others or max(offloaded) > 1.1 * max(others))
+
+
 def test_a_search_keeps_to_what_is_given():
     wanted = Wanted(model_config("mixtral-8x7b"), 4096, batch_per_chip=2, remat="full")
     found = search(wanted, topology("v5p:4x4x4"))
@@ -77,6 +93,14 @@ def test_a_smaller_batch_is_told():
     (first, *_) = remedies(_job(machine, 64 * 64, fsdp=64), machine)
     assert first.change.startswith("a smaller batch: --mesh fsdp=64 --batch-per-chip")
     assert memory(first.candidate.job).total <= budget(machine)
+
+
+def test_the_hosts_memory_is_told():
+    machine, mesh = topology("v6e:8x8"), MeshConfig(data=1, fsdp=64)
+    job = check(Job(model_config("mixtral-8x7b"), mesh, 64, 32768, dispatch=Dispatch(capacity_factor=1.25)))
+    (first, *_) = remedies(job, machine)
+    assert first.change == f"--remat offload: {flags(first.candidate.job)}"
+    assert first.candidate.job.execution.remat == "offload"
 
 
 def test_another_mesh_is_told():

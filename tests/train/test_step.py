@@ -159,6 +159,7 @@ MESHES = [
     (_mesh(fsdp=2, expert=4), ALL, 1, "products"),
     (_mesh(fsdp=4, context=2), ALL, 1, "full"),
     (_mesh(fsdp=2, tensor=4), DROPS, 1, "full"),
+    (_mesh(fsdp=2, expert=4), ALL, 1, "offload"),
     (_mesh(expert=4, context=2), ALL, 1, "none"),
     (_mesh(expert=2, context=4), Case(TIGHT, collapsed=True), 1, "full"),
     (_mesh(expert=4, tensor=2), DROPS, 1, "none"),
