@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def pod_file(name: str) -> str:
 def _entry(name: str, wanted: Wanted) -> str:
     found = search(wanted, topology(name))
     if not found:
-        larger = fits_on(replace(wanted, remat="full"), topology(name))
+        larger = fits_on(wanted, topology(name))
         return f'fits_on = "{larger.machine.name if larger else "none"}"\n'
     job = found[0].job
     axes = ", ".join(f"{axis} = {size}" for axis, size in vars(job.mesh).items() if size > 1 or axis == "data")

@@ -111,8 +111,8 @@ class Dispatch:
     With these two a later token may displace an earlier one."""
 
     exchange_rows: int = 8192
-    """Dropless, where experts are spread over a mesh or `execution.remat` is full: how many tokens' choices a device
-    serves at a time. More than these take another round, and no memory."""
+    """Dropless, where experts are spread over a mesh or `execution.remat` repeats layers: how many tokens' choices a
+    device serves at a time. More than these take another round, and no memory."""
 
     @model_validator(mode="after")
     def check(self) -> Dispatch:

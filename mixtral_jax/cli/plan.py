@@ -42,7 +42,7 @@ def plan(
     capacity_factor: Annotated[float | None, typer.Option(help="Places an expert has, over a balanced share.")] = None,
     dropless: Annotated[bool, typer.Option("--dropless", help="Every token is served, whatever the routing.")] = False,
     remat: Annotated[
-        Literal["none", "products", "full", "offload"] | None,
+        Literal["none", "products", "full", "offload"] | None,  # config.Remat, whose module takes long to import
         typer.Option(help="What the backward pass computes again, and whether layers' inputs wait on the host."),
     ] = None,
     attention_chunk: Annotated[int | None, typer.Option(help="Queries that attention takes at a time.")] = None,
@@ -165,7 +165,8 @@ def _search(wanted: Wanted, machine: Topology) -> list[Any]:
 
 
 def _asked(wanted: Wanted, machine: Topology) -> Job:
-    """The job as it was asked for, in the smallest form of what is left open: nothing that fits was found."""
+    """The job as it was asked for, in the smallest form of what is left open, with a mesh but for the host's memory:
+    nothing that fits was found."""
     from mixtral_jax.config import Dispatch
     from mixtral_jax.planning.job import EXECUTION, Job, check
     from mixtral_jax.planning.search import rows_of, smallest

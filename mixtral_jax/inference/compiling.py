@@ -4,6 +4,7 @@ of them compiled side by side."""
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -46,7 +47,7 @@ def compile_together(calls: Sequence[functools.partial[Any]]) -> None:
     """
     if platform() == "cpu":
         return
-    with ThreadPoolExecutor(len(calls), thread_name_prefix="compiling") as pool:
+    with ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1), thread_name_prefix="compiling") as pool:
         lowered = [call.func.lower(*call.args, **call.keywords) for call in calls]  # type: ignore[attr-defined]
         for each in [pool.submit(each.compile) for each in lowered]:
             each.result()

@@ -3,7 +3,7 @@
 Left to autodiff, the backward pass holds what lies between an expert's products for all of a shard's tokens, and the
 whole weights and their whole gradients of all its experts. Here it holds them for a round of rows or for one expert:
 tokens are sent again, with their cotangents, and what lies between the products is computed again. So a layer whose
-forward pass is repeated anyway (`remat = "full"`) does not repeat the experts': nothing needs their results.
+forward pass is repeated anyway (`remat = "full"`, "offload") does not repeat the experts': nothing needs their results.
 
 Three forms say which rows are served together: Places, by capacity; Rows and Queue, dropless, on one shard of experts
 and over several.

@@ -71,7 +71,7 @@ def training_work(job: Job, kernel: AttentionKernel | None = None) -> list[Work]
 
 
 def _passes(job: Job) -> int:
-    """Forward, backward twice, and forward again unless its products are kept."""
+    """Forward, backward twice, and forward again where a layer is repeated with its products."""
     return 4 if job.execution.repeats_layers else 3
 
 

@@ -63,7 +63,8 @@ class Estimate:
     hidden_seconds: float
     """Of transfers that go on beside the work."""
     host_seconds: float
-    """Of the way to the host's memory and the one back, which go on beside the work too."""
+    """Of the way to the host's memory and the one back, which go on beside the work too: a step takes at least twice as
+    long, since beside the one there is a quarter of it."""
     bound: str
     """What takes the longest."""
     tokens_per_second: float
@@ -146,7 +147,9 @@ def _timed(job: Job, machine: Topology, work: list[Work], transfers: list[Transf
 
 
 def _bound(computing: float, reading: float, offloading: float, links: list[Link]) -> str:
-    terms = {"compute": computing, "memory bandwidth": reading, "link to the host": offloading}
+    terms = {"compute": computing, "memory bandwidth": reading}
+    if offloading > computing + reading:
+        terms["link to the host"] = offloading
     for link in links:
         name = "interconnect over " + " x ".join(link.transfer.axes)
         terms[name] = terms.get(name, 0.0) + link.seconds

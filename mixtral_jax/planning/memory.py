@@ -34,7 +34,7 @@ UPDATE_COPIES = 2
 """Arrays as large as a device's weights that TPU programs hold besides gradients: found by compiling with fewer layers,
 which leaves so much a layer unexplained (docs/plan.md)."""
 MARGIN = 0.15
-"""Of a chip's memory, left aside by counts: where both were made, up to 7% below the compiler (docs/plan.md)."""
+"""Of a chip's memory, left aside by counts: where both were made, up to 13% below the compiler (docs/plan.md)."""
 
 
 class Leaf(NamedTuple):
@@ -171,12 +171,12 @@ def _training(job: Job) -> Memory:
 def kept_activations(job: Job) -> float:
     """What lies from the forward pass to the backward one: of each layer its input, or more."""
     model, remat = job.model, job.execution.remat
+    if remat == "offload":
+        return 0.0  # but for those on their way, which are few
     stream = DTYPE_BYTES[job.execution.activation_dtype]
     kept = _layer_input(job)
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim // job.mesh.tensor
     hidden, rows = model.hidden_dim // job.mesh.tensor, job.expert_rows / max(job.local_tokens, 1)
-    if remat == "offload":
-        return 0.0  # the few that are on their way take the place of others: see `on_host`
     if remat != "full":
         kept += stream * (heads + model.dim)
         if model.moe is None:

@@ -46,7 +46,7 @@ def describe(
         "cache_dtype": job.execution.kept_dtype if job.serve else None,
         "flags": flags(job),
         "memory_by_counts": _bytes(vars(memory(job))),
-        "on_host_by_counts": on_host(job),
+        "host_bytes_by_counts": on_host(job),
         "traffic_by_counts": _traffic(job),
         "work": [vars(each) for each in ([] if job.serve else training_work(job))],
         "compiled": [_compiled(each) for each in compiled],
@@ -129,7 +129,7 @@ def _compiled(each: Compiled) -> dict[str, Any]:
         "program": each.name,
         "seconds": each.seconds,
         "memory": each.memory,
-        "on_host": each.on_host,
+        "host_bytes": None if each.missing else each.on_host,
         "missing_bytes": each.missing,
         "traffic": [
             {"axes": list(axes), "kind": kind, "sent_bytes": size}

@@ -1,4 +1,5 @@
-"""Tries meshes, batches, remat and dispatch by counts, and ranks what fits by the estimated time of a token."""
+"""Tries meshes, batches, remat and dispatch by counts, and ranks what fits by the estimated time of a token, with a
+margin for what an estimate knows little of."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ MOST_SECONDS_A_TOKEN = 0.05
 NEAR = 1.02
 """Of plans this close to the fastest, the one with the smallest batch and the fewest axes is the best."""
 OFFLOADED = 1.1
-"""How many times as fast a plan has to be that keeps layers' inputs in the host's memory: how fast they get there an
-estimate knows least."""
+"""A plan that keeps layers' inputs in the host's memory is ranked as if it took so many times as long: how fast they
+get there an estimate knows least."""
 _ROWS = (1, 2, 4, 8, 16, 32)
 _TEXTS = tuple(2**power for power in range(11))
 _REMATS: tuple[Remat, ...] = ("none", "products", "full", "offload")
@@ -45,8 +46,8 @@ class Candidate:
     bytes: float
 
     @property
-    def seconds_a_token(self) -> float:
-        """By which plans are ranked."""
+    def cost(self) -> float:
+        """Seconds a token, with the margin."""
         return (OFFLOADED if self.job.execution.remat == "offload" else 1) / self.estimate.tokens_per_second
 
 
@@ -74,7 +75,7 @@ def budget(machine: Topology) -> float:
 
 
 def search(wanted: Wanted, machine: Topology) -> list[Candidate]:
-    """What fits, the best first, then by the time of a token."""
+    """What fits, the best first, then by cost."""
     found = [
         Candidate(job, estimated(job, machine), size)
         for job in candidates(wanted, machine)
@@ -83,8 +84,8 @@ def search(wanted: Wanted, machine: Topology) -> list[Candidate]:
     if wanted.serve and wanted.batch_per_chip is None:
         quick = [each for each in found if each.estimate.seconds <= MOST_SECONDS_A_TOKEN]
         found = quick or sorted(found, key=lambda each: each.estimate.seconds)[:1]
-    found.sort(key=lambda each: each.seconds_a_token)
-    near = [each for each in found if each.seconds_a_token <= found[0].seconds_a_token * NEAR]
+    found.sort(key=lambda each: each.cost)
+    near = [each for each in found if each.cost <= found[0].cost * NEAR]
     best = min(near, key=_preference, default=None)
     return [] if best is None else [best, *(each for each in found if each is not best)]
 
@@ -96,7 +97,7 @@ def estimated(job: Job, machine: Topology) -> Estimate:
 
 def _preference(each: Candidate) -> tuple[float, ...]:
     axes = sum(each.job.mesh.size(axis) > 1 for axis in MESH_AXES)
-    return (each.job.rows * each.job.copies if each.job.serve else each.job.rows, axes, each.seconds_a_token)
+    return (each.job.rows * each.job.copies if each.job.serve else each.job.rows, axes, each.cost)
 
 
 def candidates(wanted: Wanted, machine: Topology) -> Iterator[Job]:
@@ -185,45 +186,52 @@ def remedies(job: Job, machine: Topology) -> list[Remedy]:
     """What would fit, the smallest change first: remat, batch, the host's memory, mesh, all of them, more chips."""
     asked = Wanted(job.model, job.length, job.serve, job.mesh, job.batch_per_chip, job.execution.remat, job.dispatch)
     asked = replace(asked, quantize=job.quantize, cache_dtype=job.execution.cache_dtype)
-    free = replace(asked, mesh=None, remat=None)
-    tries = [
-        ("--remat full", replace(asked, remat="full")),
-        ("a smaller batch", replace(asked, batch_per_chip=None)),
-        ("--remat offload", replace(asked, remat="offload")),
-        ("another mesh", replace(asked, mesh=None)),
-        ("another mesh and --remat full", replace(asked, mesh=None, remat="full")),
-        ("a smaller batch and --remat full", replace(asked, batch_per_chip=None, remat="full")),
-        ("another mesh and a smaller batch", replace(free, batch_per_chip=None)),
-    ]
-    if job.serve and job.quantize is None:
-        tries.insert(0, ("weights in fewer bits", replace(asked, quantize="int8")))
+    smaller, moved = replace(asked, batch_per_chip=None), replace(asked, mesh=None)
+    free = replace(asked, mesh=None, remat=None, batch_per_chip=None)
+    if job.serve:
+        tries = [("a smaller batch", smaller), ("another mesh", moved), ("another mesh and a smaller batch", free)]
+        if job.quantize is None:
+            tries.insert(0, ("weights in fewer bits", replace(asked, quantize="int8")))
+    else:
+        tries = [
+            ("--remat full", replace(asked, remat="full")),
+            ("a smaller batch", smaller),
+            ("--remat offload", replace(asked, remat="offload")),
+            ("another mesh", moved),
+            ("another mesh and --remat full", replace(moved, remat="full")),
+            ("a smaller batch and --remat full", replace(smaller, remat="full")),
+            ("another mesh and a smaller batch", free),
+        ]
     found = []
     for change, wanted in tries:
         best = next((each for each in search(wanted, machine) if _is_smaller(each.job, job)), None)
         if best is not None:
             found.append(Remedy(f"{change}: {flags(best.job)}", machine, best))
-    larger = fits_on(replace(free, batch_per_chip=None), machine)
+    larger = fits_on(free, machine)
     return [*found[:3], *([larger] if larger else [])]
 
 
 def fits_on(wanted: Wanted, machine: Topology) -> Remedy | None:
     """The smallest machine of this chip, larger than this one, on which something fits; else one of another chip."""
-    wanted = replace(wanted, remat=wanted.remat or "full")
+    smallest_remats: tuple[Remat, ...] = (wanted.remat,) if wanted.remat else ("full", "offload")
+
+    def remedy(what: str, there: Topology) -> Remedy | None:
+        for remat in smallest_remats:
+            if found := search(replace(wanted, remat=remat), there):
+                return Remedy(f"{what}: --topology {there.name} {flags(found[0].job)}", there, found[0])
+        return None
+
     here = machine.larger()
     while here is not None:
-        fitting = search(wanted, here)
-        if fitting:
-            return Remedy(f"more chips: --topology {here.name} {flags(fitting[0].job)}", here, fitting[0])
+        if found := remedy("more chips", here):
+            return found
         here = here.larger() if here.num_chips < _MOST_CHIPS else None
     other = topology(_OTHER_CHIP)
-    fitting = search(wanted, other) if machine.chip != other.chip else []
-    return (
-        Remedy(f"another chip: --topology {other.name} {flags(fitting[0].job)}", other, fitting[0]) if fitting else None
-    )
+    return remedy("another chip", other) if machine.chip != other.chip else None
 
 
 def _is_smaller(job: Job, than: Job) -> bool:
-    return job.batch_per_chip <= than.batch_per_chip
+    return job.batch_per_chip <= than.batch_per_chip and job != than
 
 
 def flags(job: Job) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtral_jax.planning.report import GIB, heading, verdict
+from mixtral_jax.planning.search import OFFLOADED
 
 
 def show(plan: dict[str, Any], console: Console) -> None:
@@ -15,9 +16,10 @@ def show(plan: dict[str, Any], console: Console) -> None:
     console.print(heading(plan), soft_wrap=True)
     console.print()
     console.print(_memory(plan))
-    if plan["on_host_by_counts"]:
-        sizes = [f"{plan['on_host_by_counts'] / GIB:.2f} GiB a chip by counts"]
-        sizes += [f"{each['on_host'] / GIB:.2f} by the compiler" for each in plan["compiled"] if each["memory"]]
+    if plan["host_bytes_by_counts"]:
+        compiled = [each["host_bytes"] for each in plan["compiled"] if each["host_bytes"] is not None]
+        sizes = [f"{plan['host_bytes_by_counts'] / GIB:.2f} GiB a chip by counts"]
+        sizes += [f"{size / GIB:.2f} by the compiler" for size in compiled]
         console.print("in the host's memory: " + ", ".join(sizes))
     traffic = _traffic(plan)
     if traffic.row_count:
@@ -45,6 +47,8 @@ def show_ranking(found: list[dict[str, Any]], console: Console) -> None:
         chosen = each["mesh"], f"{each['batch_per_chip']:g}", each["remat"] or "", factor
         table.add_row(*chosen, size, f"{each['seconds']:.3g}", rate, mfu, each["bound"])
     console.print(table)
+    if any(each["remat"] == "offload" for each in found):
+        console.print(f"what offloads is ranked as if it took {OFFLOADED:g} times as long", soft_wrap=True)
     console.print("by counts and the estimate; plan one of them without --search to compile it\n", soft_wrap=True)
 
 

@@ -1,7 +1,10 @@
 """What the compiler is told of a program, by where it runs."""
 
+import os
+import threading
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -63,3 +66,20 @@ def test_what_the_compiler_refuses_is_told(monkeypatch):
     monkeypatch.setattr(few_rows, "are_for_this_host", lambda: True)
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         compile_together([partial(program()(lambda x: x + 1), jnp.ones(3))])
+
+
+def test_two_are_compiled_at_a_time(monkeypatch):
+    monkeypatch.setattr(compiling, "platform", lambda: "tpu")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    both = threading.Barrier(2, timeout=30)
+
+    class Waiting:
+        """Is compiled when another is too."""
+
+        def __call__(self):
+            raise AssertionError
+
+        def lower(self):
+            return SimpleNamespace(compile=both.wait)
+
+    compile_together([partial(Waiting()) for _ in range(4)])

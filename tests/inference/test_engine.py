@@ -236,12 +236,24 @@ def test_texts_of_one_prompt_share_it_while_it_is_taken_in():
     assert len(set(texts)) == 3
 
 
-def test_nothing_is_compiled_once_an_engine_is_warm():
+@pytest.fixture
+def compiled():
+    """What is traced, lowered and compiled meanwhile: which of it, functions' names, and those of threads."""
+    found = []
+
+    def listen(event, _, fun_name="", **__):
+        if "compile" in event:
+            name = fun_name.removeprefix("jit(").removesuffix(")")
+            found.append((event.rpartition("/")[2], name, threading.current_thread().name))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_is_compiled_once_an_engine_is_warm(compiled):
     engine = _engine("mistral")
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.append(name) if "compile" in name else None
-    )
+    compiled.clear()
     kinds = [Case(length, 7, 5, is_warm).request for length in (1, 16, 17, 50) for is_warm in (False, True)]
     kinds += [dataclasses.replace(kinds[0], logprobs=3), dataclasses.replace(kinds[1], seed=2**40, index=2)]
     _run(engine, kinds, cancelled=[(2, 1)])
@@ -249,23 +261,20 @@ def test_nothing_is_compiled_once_an_engine_is_warm():
 
 
 @pytest.mark.parametrize("on_mesh", [False, True])
-def test_programs_for_an_accelerator_are_compiled_side_by_side(monkeypatch, on_mesh):
-    """Each by a thread of its own; and what was compiled so is what is called."""
+def test_programs_for_an_accelerator_are_compiled_beside_each_other(monkeypatch, compiled, on_mesh):
+    """By threads of their own; and what was compiled so is what is called."""
     monkeypatch.setattr(compiling, "platform", lambda: "tpu")
     mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2]) if on_mesh else None
     config = tiny.config("mixtral", num_kv_heads=2)
     weights = assemble(partial(look_up, tiny.params(config)), config, EXECUTION, mesh)
     shapes = dataclasses.replace(SHAPES, slots=5, max_length=48, prefill_chunk=64)  # no other test's
     engine = Engine(Loaded(weights, config, EXECUTION), shapes, mesh=mesh)
-    threads = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: threads.append(threading.current_thread().name) if "backend_compile" in name else None
-    )
     engine.warm_up()
-    beside = [name for name in threads if name.startswith("compiling")]
-    assert len(set(beside)) == len(beside) == 5  # pieces of 64 and 16 tokens, fresh or not; and the steps
-    # Where a mesh leaves arrays laid out otherwise than it found them, some are compiled again.
-    assert on_mesh or len(threads) - len(beside) == 3  # prefixes kept and given, and texts begun
+    compiled = [(name, thread) for what, name, thread in compiled if what == "backend_compile_duration"]
+    beside = sorted(name for name, thread in compiled if thread.startswith("compiling"))
+    assert beside == ["decode", *["prefill"] * 4]  # of pieces of 64 and 16 tokens, with which texts begin or not
+    others = {name for name, thread in compiled if not thread.startswith("compiling")}
+    assert not others & {"prefill", "decode"}
     request = Case(20, 7, 5, is_warm=False).request
     assert [len(ids) for ids, _ in _run(engine, [request])] == [5]
 
@@ -401,7 +410,7 @@ def test_a_right_guess_does_not_pass_a_constraint_by():
     assert _run(engine, [request]) == [([6, 8, 39, 1], "stop")]
 
 
-def test_a_mesh_gives_the_texts_of_one_device():
+def test_a_mesh_gives_the_texts_of_one_device(compiled):
     config = tiny.config("mixtral", num_kv_heads=2, hidden_dim=32)
     axes = (AxisType.Auto,) * 5
     mesh = jax.make_mesh((1, 1, 4, 1, 2), ("data", "fsdp", "expert", "context", "tensor"), axis_types=axes)
@@ -413,10 +422,7 @@ def test_a_mesh_gives_the_texts_of_one_device():
     alone, together = (_run(engine, requests) for engine in engines)
     assert together == alone
     engines[1].warm_up()
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.append(name) if "compile" in name else None
-    )
+    compiled.clear()
     assert _run(engines[1], requests) == alone
     assert not compiled
 

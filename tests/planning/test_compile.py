@@ -19,6 +19,7 @@ from mixtral_jax.planning.compile import (
     lower,
     serving_programs,
     too_large_by,
+    training_program,
 )
 from mixtral_jax.planning.compilers import compile_ahead, devices
 from mixtral_jax.planning.job import Job, check
@@ -96,7 +97,7 @@ def test_without_remat_a_layer_keeps_what_is_counted(kernel):
 
 @needs_compiler
 def test_offloaded_layers_inputs_are_on_the_host():
-    """To the byte; and not on the device, but for those on their way."""
+    """To the byte; not on the device, but for those on their way; and copied while something else is computed."""
     model = ModelConfig(
         dim=256, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=128, hidden_dim=512, vocab_size=256
     )
@@ -107,6 +108,10 @@ def test_offloaded_layers_inputs_are_on_the_host():
     assert on_host(offload) == memory(full).activations == 12 * 4 * 512 * 256 * 2
     assert on_host(full) == memory(offload).activations == 0
     assert kept.memory["temporaries"] - moved.memory["temporaries"] > on_host(offload) / 2
+    mesh = make_mesh(offload.mesh, devices(topology("v5p:2x2x1")))
+    with jax.set_mesh(mesh):
+        text = compile_ahead(lower(training_program(offload, mesh))).as_text()
+    assert {f"dynamic-{copy}-start" in text for copy in ("update-slice", "slice")} == {True}
 
 
 @needs_compiler

@@ -37,7 +37,8 @@ def test_a_plan_fits_or_says_what_would(pod):
     with pytest.raises(InputError, match=rf"does not fit on {pod.machine.name}; it does on {pod.entry.fits_on}"):
         pod.job()
     assert pod.entry.fits_on is not None
-    assert search(replace(pod.wanted, remat="full"), topology(pod.entry.fits_on))
+    there = topology(pod.entry.fits_on)
+    assert any(search(replace(pod.wanted, remat=remat), there) for remat in ("full", "offload"))
 
 
 # The others take seconds each: `python -m benchmarks.pods write` finds them all anew, and leaves the files as they are.
@@ -49,15 +50,15 @@ def test_a_plan_is_what_the_search_finds(pod):
     found = search(pod.wanted, pod.machine)
     if pod.entry.mesh is None:
         assert not found
-        assert fits_on(replace(pod.wanted, remat="full"), pod.machine).machine.name == pod.entry.fits_on
+        assert fits_on(pod.wanted, pod.machine).machine.name == pod.entry.fits_on
     else:
         assert found[0].job == pod.job()
 
 
 def test_a_plan_is_near_the_fastest_and_no_other_is_faster_by_much():
     found = search(find("pods/v5p-4x4x4/mixtral-8x7b/train-4k")[0].wanted, topology("v5p:4x4x4"))
-    fastest = min(each.seconds_a_token for each in found)
-    assert fastest <= found[0].seconds_a_token <= 1.02 * fastest
+    fastest = min(each.cost for each in found)
+    assert fastest <= found[0].cost <= 1.02 * fastest
     assert all(memory(each.job).total <= budget(topology("v5p:4x4x4")) for each in found)
     assert len({each.job for each in found}) == len(found)
 
@@ -65,7 +66,7 @@ def test_a_plan_is_near_the_fastest_and_no_other_is_faster_by_much():
 @pytest.mark.parametrize(
     ("machine", "batch", "is_offloaded"), [("v6e:8x8", None, True), ("v5p:4x4x4", None, False), ("v5p:4x4x4", 8, True)]
 )
-def test_layers_inputs_go_to_the_host_where_that_is_faster_by_a_tenth(machine, batch, is_offloaded):
+def test_layers_inputs_go_to_the_host_where_that_is_faster_by_enough(machine, batch, is_offloaded):
     """By the estimate, or where nothing else fits."""
     mesh = MeshConfig(data=1, fsdp=64)
     found = search(Wanted(model_config("mixtral-8x7b"), 32768, mesh=mesh, batch_per_chip=batch), topology(machine))

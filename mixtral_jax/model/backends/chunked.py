@@ -26,6 +26,7 @@ from mixtral_jax.sharding.mesh import platform
 KEYS_AT_ONCE = 384
 """Of a block: of those in docs/other-cpus.md the fastest more often than not. 128 queries and W = 1,024 are three."""
 FEWEST_BLOCKS = 3
+"""Of a chunk: with fewer, what the last is filled up with is too much."""
 LEAST_FILLED = 7 / 8
 """Of a window's blocks: what the last is filled up with is computed for each chunk."""
 FEWEST_QUERIES = 128
